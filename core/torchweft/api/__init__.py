@@ -1,0 +1,31 @@
+"""Base classes for backends: the one place that plugin authors import from."""
+
+from torchweft.api.accelerator import Accelerator
+from torchweft.api.batch import map_leaves, move_batch
+from torchweft.api.collectives import Alone, Collectives, ProcessGroup, open_store
+from torchweft.api.launcher import Launcher
+from torchweft.api.precision import Precision
+from torchweft.api.run import Run
+from torchweft.api.strategy import DataShard, Place, Prepared, Strategy
+from torchweft.plan import RunPlan
+from torchweft.rank import RankInfo, Rendezvous
+
+__all__ = [
+    "Accelerator",
+    "Alone",
+    "Collectives",
+    "DataShard",
+    "Launcher",
+    "Place",
+    "Precision",
+    "Prepared",
+    "ProcessGroup",
+    "RankInfo",
+    "Rendezvous",
+    "Run",
+    "RunPlan",
+    "Strategy",
+    "map_leaves",
+    "move_batch",
+    "open_store",
+]

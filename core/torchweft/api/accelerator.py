@@ -1,0 +1,66 @@
+"""The base class of accelerators: a kind of device and what a process does with it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from torchweft.rank import RankInfo
+
+__all__ = ["Accelerator"]
+
+
+class Accelerator(ABC):
+    """Gives a process its device.
+
+    A complete accelerator, declared by
+    ``AcceleratorSpec(name="npu", device="npu", target="my_package.npu:NPU", probe="...")``::
+
+        class NPU(Accelerator):
+            backend = "hccl"
+
+            def bind(self, rank, devices):
+                device = torch.device("npu", devices[rank.local_rank])
+                torch.npu.set_device(device)
+                return device
+
+            def synchronize(self):
+                torch.npu.synchronize()
+
+    The constructor takes options and touches no device: an accelerator is constructed before
+    processes are forked, and bound after.
+    """
+
+    #: Name of the ``torch.distributed`` backend for collectives between such devices.
+    backend: str = "gloo"
+
+    #: Whether batches from a ``DataLoader`` are already where this device computes.
+    host_memory: bool = False
+
+    @abstractmethod
+    def bind(self, rank: RankInfo, devices: Sequence[int]) -> torch.device:
+        """Make one of this node's ``devices`` current for this process and return it.
+
+        Called once in every process, before any process group exists.
+        """
+
+    def fork_hazard(self) -> str | None:
+        """Why a fork of this process would have a broken device, or None when it is safe."""
+        return None
+
+    def rng_state(self) -> Any:
+        """State of the device's random generator, as ``set_rng_state`` takes it; None: no own."""
+        return None
+
+    def set_rng_state(self, state: Any) -> None:
+        """Restore what ``rng_state`` returned."""
+
+    def memory(self) -> dict[str, int]:
+        """Bytes in use on the bound device, by torch's names; empty where nothing is counted."""
+        return {}
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what was queued."""

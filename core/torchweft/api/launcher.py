@@ -1,0 +1,69 @@
+"""The base class of launchers: who makes the processes of a run."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+from torchweft.handoff import Handoff
+from torchweft.plan import RunPlan
+from torchweft.rank import RankInfo, Rendezvous
+
+__all__ = ["Launcher"]
+
+
+class Launcher(ABC):
+    """Makes processes, or finds out who this process is when somebody else made it.
+
+    A complete launcher that runs functions on threads of a pool, declared by
+    ``LauncherSpec(name="pool", target="my_package.pool:Pool", function="required")``::
+
+        class Pool(Launcher):
+            def launch(self, plan, function, arguments):
+                with my_pool(plan.topology.world_size) as pool:
+                    return pool.run(function, arguments)[0]
+
+    ``rank`` and ``rendezvous`` read the variables that torchrun sets, which is right for every
+    launcher that sets the same ones.
+    """
+
+    #: Whether the interpreter of a rank belongs to this launcher, which then ends it, rather
+    #: than to somebody outside.
+    owns_ranks: ClassVar[bool] = True
+
+    @abstractmethod
+    def launch(
+        self,
+        plan: RunPlan,
+        function: Callable[..., Any] | None,
+        arguments: tuple[Any, ...],
+        *,
+        fork_hazard: Callable[[], str | None] = lambda: None,
+    ) -> Any:
+        """Make the processes of ``plan``.
+
+        With a function: call ``function(*arguments)`` in every rank and return what rank 0
+        returned. Without: return in every rank, and only there. ``fork_hazard`` is the
+        accelerator's reason against forking this process.
+
+        Raises:
+            RankFailed: when a rank ended with an error; all others have been ended too.
+        """
+
+    def rank(self, environ: Mapping[str, str]) -> RankInfo:
+        """Who this process is. Called in every rank, after ``launch``."""
+        return RankInfo.from_environ(environ)
+
+    def rendezvous(self, rank: RankInfo, environ: Mapping[str, str]) -> Rendezvous:
+        """Where this rank meets the others."""
+        return Rendezvous(
+            address=environ.get("MASTER_ADDR", "127.0.0.1"),
+            port=int(environ.get("MASTER_PORT", "0")),
+            prefix=f"torchweft/{rank.run_id}/{rank.restart}",
+        )
+
+    def is_rank(self, environ: Mapping[str, str], name: str) -> bool:
+        """Whether this process was already made by the launcher called ``name``."""
+        handoff = Handoff.read(environ)
+        return handoff is not None and handoff.launcher == name

@@ -1,0 +1,74 @@
+"""The base class of precisions: which number formats parameters and computation use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+__all__ = ["Precision"]
+
+
+class Precision:
+    """Does nothing by default, which is 32-bit.
+
+    A complete precision, declared by
+    ``PrecisionSpec(name="tf32", target="my_package.tf32:TF32", devices=("cuda",))``::
+
+        class TF32(Precision):
+            def forward_context(self):
+                return tf32_switched_on()
+
+    ``setup`` looks once at which of ``convert_input``, ``convert_output`` and ``forward_context``
+    a class overrides; what is not overridden costs nothing per step.
+    """
+
+    #: Whether a loss must pass through ``fabric.backward`` for the step to be right.
+    scales_loss: ClassVar[bool] = False
+
+    #: dtype in which parameters are created under ``fabric.init_module()``; None: torch's default.
+    init_dtype: torch.dtype | None = None
+
+    device_type: str = "cpu"
+
+    def start(self, device: torch.device) -> None:
+        """Called once in every process, when the device is known and before any ``setup``."""
+        self.device_type = device.type
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Convert parameters and buffers, in place where torch does."""
+        return module
+
+    def convert_input(self, data: Any) -> Any:
+        """Convert floating-point tensors on their way into ``forward`` (nested collections)."""
+        return data
+
+    def convert_output(self, data: Any) -> Any:
+        """Convert floating-point tensors on their way out of ``forward``."""
+        return data
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """What surrounds ``forward``; also what ``fabric.autocast()`` returns."""
+        return nullcontext()
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """The tensor on which ``backward`` is called."""
+        return loss
+
+    def unscale(self, optimizer: Optimizer) -> None:
+        """Make the gradients of ``optimizer`` the true ones, in place; once before each step."""
+
+    def step(self, optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
+        """Step, or skip the step where gradients overflowed; returns what the optimizer returns."""
+        return optimizer.step() if closure is None else optimizer.step(closure)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold for the next step to be the same; plain values only."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""

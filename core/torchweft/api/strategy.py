@@ -1,0 +1,291 @@
+"""The base class of strategies: how one training loop is spread over devices and processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
+
+from torchweft.api.accelerator import Accelerator
+from torchweft.api.batch import move_batch
+from torchweft.api.collectives import Alone, Collectives
+from torchweft.api.precision import Precision
+from torchweft.api.state import (
+    load_named_module_state,
+    load_named_optimizer_state,
+    named_module_state,
+    named_optimizer_state,
+)
+from torchweft.plan import RunPlan
+from torchweft.rank import RankInfo, Rendezvous
+
+__all__ = ["DataShard", "Place", "Prepared", "Strategy"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataShard:
+    """Which data-parallel replicas a process feeds.
+
+    Attributes:
+        replicas: how many there are in the whole run.
+        first: index of the first one that this process feeds.
+        count: how many it feeds; a step of its loader takes this many per-device batches.
+    """
+
+    replicas: int = 1
+    first: int = 0
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a strategy starts: everything that is settled before it."""
+
+    plan: RunPlan
+    rank: RankInfo
+    rendezvous: Rendezvous
+    accelerator: Accelerator
+    device: torch.device
+    precision: Precision
+
+
+@dataclass(slots=True, kw_only=True)
+class Prepared:
+    """What ``setup`` returns: the same things, ready, in the order given."""
+
+    module: nn.Module
+    optimizers: list[Optimizer] = field(default_factory=list)
+    scheduler: Any = None
+
+
+class Strategy:
+    """One process on one device by default; every member may be overridden.
+
+    A complete strategy that averages gradients by hand, declared by
+    ``StrategySpec(name="mean", target="my_package.mean:Mean", devices=("cpu",))``::
+
+        class Mean(Strategy):
+            def start(self, place):
+                super().start(place)
+                store = open_store(place.rendezvous, place.rank)
+                torch.distributed.init_process_group(
+                    place.accelerator.backend, store=store,
+                    rank=place.rank.rank, world_size=place.rank.world_size)
+
+            @property
+            def shard(self):
+                rank = self.place.rank
+                return DataShard(replicas=rank.world_size, first=rank.rank)
+
+            @property
+            def collectives(self):
+                return ProcessGroup(self.place.device)
+
+            def step(self, optimizer, closure):
+                for group in optimizer.param_groups:
+                    for parameter in group["params"]:
+                        parameter.grad = self.collectives.all_reduce(parameter.grad)
+                return super().step(optimizer, closure)
+
+            def stop(self, failed):
+                if not failed:
+                    torch.distributed.destroy_process_group()
+
+    The constructor's keyword arguments are the strategy's options: what a user writes behind the
+    name (``"mean:bucket=25"``) is checked against its signature and annotations. The constructor
+    does no input or output and touches no device; ``start`` does.
+    """
+
+    #: Name, devices and processes of an instance whose class no spec names.
+    name: ClassVar[str] = ""
+    devices: ClassVar[tuple[str, ...]] = ()
+    processes: ClassVar[Literal["device", "node", "one"]] = "device"
+
+    #: Whether ``loss.backward()`` in place of ``fabric.backward(loss)`` would be wrong.
+    owns_backward: ClassVar[bool] = False
+
+    #: What it cannot do, by capability, each with its reason. Capabilities are:
+    #: ``"setup_apart"`` (module and optimizer in separate calls), ``"clip_by_value"``,
+    #: ``"no_backward_sync"``, ``"several_modules"``.
+    cannot: ClassVar[Mapping[str, str]] = {}
+
+    place: Place
+
+    # -- life ------------------------------------------------------------------------------------
+
+    def start(self, place: Place) -> None:
+        """Make the process group, where there is one. Called once in every process."""
+        self.place = place
+
+    def stop(self, failed: bool) -> None:
+        """Leave the process group. ``failed``: without waiting for anybody."""
+
+    @property
+    def collectives(self) -> Collectives:
+        """Communication between the processes that run the user's script."""
+        return Alone()
+
+    @property
+    def shard(self) -> DataShard:
+        """How many data-parallel replicas there are, and which of them this process feeds."""
+        return DataShard()
+
+    # -- setup -----------------------------------------------------------------------------------
+
+    def setup(
+        self, module: nn.Module, optimizers: Sequence[Optimizer], scheduler: Any
+    ) -> Prepared:
+        """Make module and optimizers ready together, in the order given.
+
+        ``module`` is already converted by the precision and, unless the user declined, on the
+        device. Where parameters are replaced, the groups of the given optimizers are rewritten in
+        place, matched by parameter name.
+        """
+        return Prepared(module=module, optimizers=list(optimizers), scheduler=scheduler)
+
+    def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """Make an optimizer ready whose module was set up before, in a call of its own."""
+        return optimizer
+
+    @contextmanager
+    def init_context(self, empty: bool | None = None) -> Iterator[None]:
+        """Surrounds the construction of modules: right device, right dtype.
+
+        ``empty``: leave parameters uninitialised, for a checkpoint to fill.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(self.place.device)
+            if self.place.precision.init_dtype is not None:
+                stack.enter_context(default_dtype(self.place.precision.init_dtype))
+            if empty:
+                stack.enter_context(SkipInit())
+            yield
+
+    def original(self, module: nn.Module) -> nn.Module:
+        """The user's module inside what ``setup`` returned."""
+        return module
+
+    # -- the step --------------------------------------------------------------------------------
+
+    def backward(self, loss: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
+        """Compute gradients; ``args`` are those of ``Tensor.backward``."""
+        self.place.precision.scale(loss).backward(*args, **kwargs)
+
+    def step(self, optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
+        """Update the parameters; returns what the optimizer returns."""
+        return self.place.precision.step(optimizer, closure)
+
+    def zero_grad(self, optimizer: Optimizer, set_to_none: bool = True) -> None:
+        """Forget gradients."""
+        optimizer.zero_grad(set_to_none)
+
+    def accumulating(self, module: nn.Module, last: bool) -> AbstractContextManager[Any]:
+        """Surrounds forward and backward of one micro-batch.
+
+        ``last``: this backward closes the step, so that gradients are synchronised in it.
+        """
+        return nullcontext()
+
+    def clip(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        *,
+        clip_val: float | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = True,
+    ) -> Tensor | None:
+        """Clip gradients that ``precision.unscale`` made true.
+
+        By value (``clip_val``) or by the global norm (``max_norm``); returns the norm before
+        clipping, a scalar tensor on the device, or None when clipping by value.
+        """
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if clip_val is not None:
+            nn.utils.clip_grad_value_(parameters, clip_val)
+            return None
+        assert max_norm is not None
+        return nn.utils.clip_grad_norm_(
+            parameters, max_norm, norm_type=norm_type, error_if_nonfinite=error_if_nonfinite
+        )
+
+    def forward_method(self, module: nn.Module, name: str) -> Callable[..., Any]:
+        """A method of the user's module other than ``forward``, so that calling it is right."""
+        method: Callable[..., Any] = getattr(self.original(module), name)
+        return method
+
+    # -- data ------------------------------------------------------------------------------------
+
+    def move(self, batch: Any) -> Any:
+        """A batch (nested collections, anything with ``.to``) on the device."""
+        return move_batch(batch, self.place.device)
+
+    def batch_boundary(self) -> None:
+        """Called by the loader before each batch."""
+
+    # -- state -----------------------------------------------------------------------------------
+
+    def module_state(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """``(name, tensor)`` by the original module's names, one at a time, whole or DTensor.
+
+        Called by every process; values that are not tensors (extra state) may appear too.
+        """
+        yield from named_module_state(self.original(module))
+
+    def load_module_state(
+        self, module: nn.Module, state: Mapping[str, Any], strict: bool = True
+    ) -> None:
+        """Fill the module in place. Raises ``CheckpointError`` for what does not match."""
+        load_named_module_state(self.original(module), state, strict)
+
+    def optimizer_state(
+        self, optimizer: Optimizer, modules: Sequence[nn.Module]
+    ) -> dict[str, Any]:
+        """State keyed by parameter name: ``{"state": {name: …}, "param_groups": […]}``.
+
+        ``modules`` are those that own the parameters, as ``setup`` returned them.
+        """
+        return named_optimizer_state(optimizer, [self.original(m) for m in modules])
+
+    def load_optimizer_state(
+        self, optimizer: Optimizer, modules: Sequence[nn.Module], state: Mapping[str, Any]
+    ) -> None:
+        """Restore what ``optimizer_state`` returned, or a state keyed by index."""
+        load_named_optimizer_state(optimizer, [self.original(m) for m in modules], state)
+
+    def extra_state(self) -> dict[str, Any]:
+        """Counters and the like that the next step depends on; plain values and tensors."""
+        return {}
+
+    def load_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what ``extra_state`` returned."""
+
+
+class SkipInit(TorchFunctionMode):
+    """Leaves parameters as they were allocated: every ``torch.nn.init`` function is a no-op."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """torch's default floating-point dtype, for the time of a block."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,70 @@
+"""What a torchweft command or launcher hands to its ranks: one variable, ``TORCHWEFT_RUN``.
+
+It is JSON and says for which process it was written: the process itself or its children. A
+variable that was left over from another run, exported in a shell or inherited by a program that a
+rank started, is not this run's and changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torchweft.errors import InvalidRequest
+
+__all__ = ["VARIABLE", "Handoff"]
+
+VARIABLE = "TORCHWEFT_RUN"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Handoff:
+    """What the ranks of one run are told.
+
+    Attributes:
+        run_id: of the run.
+        launcher: name of the launcher that made the ranks; empty when the script shall make them.
+        flags: the flags of ``torchweft run`` that the user gave, by name of ``Fabric``'s argument.
+        pid: the process that this was written for, or None for all children of ``parent``.
+        parent: the process whose children this was written for.
+    """
+
+    run_id: str
+    launcher: str = ""
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    pid: int | None = None
+    parent: int | None = None
+
+    def to_environ(self) -> dict[str, str]:
+        """The variable, ready to be put into an environment."""
+        return {VARIABLE: json.dumps(asdict(self))}
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str]) -> Handoff | None:
+        """What was handed to this very process; None when nothing was, or it is stale.
+
+        Raises ``InvalidRequest`` when the variable holds something that nobody here wrote.
+        """
+        text = environ.get(VARIABLE)
+        if not text:
+            return None
+        try:
+            fields = json.loads(text)
+            handoff = cls(**fields)
+            if not isinstance(handoff.flags, dict) or not isinstance(handoff.run_id, str):
+                raise TypeError("wrong types")
+        except (ValueError, TypeError):
+            raise InvalidRequest(
+                f"the environment variable {VARIABLE} is {text!r}, which 'torchweft run' never "
+                f"writes; it is not meant to be set by hand: unset {VARIABLE}"
+            ) from None
+        mine = handoff.pid == os.getpid() or handoff.parent == os.getppid()
+        return handoff if mine else None
+
+    @classmethod
+    def stale(cls, environ: Mapping[str, str]) -> bool:
+        """Whether the environment describes a run to which this process does not belong."""
+        return bool(environ.get(VARIABLE)) and cls.read(environ) is None

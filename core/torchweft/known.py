@@ -1,0 +1,41 @@
+"""Data only: which distribution provides a well-known name that is not installed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+__all__ = ["KNOWN"]
+
+#: (kind, name) -> the distribution that ``pip install`` takes.
+KNOWN: Mapping[tuple[str, str], str] = {
+    **{("accelerator", name): "torchweft-cuda" for name in ("cuda", "gpu")},
+    **{("accelerator", name): "torchweft-xla" for name in ("xla", "tpu")},
+    **{
+        ("strategy", name): "torchweft-cuda"
+        for name in (
+            "ddp",
+            "ddp_spawn",
+            "ddp_fork",
+            "ddp_notebook",
+            "ddp_find_unused_parameters_true",
+            "fsdp",
+            "fsdp_cpu_offload",
+        )
+    },
+    **{
+        ("strategy", name): "torchweft-deepspeed"
+        for name in (
+            "deepspeed",
+            "deepspeed_stage_1",
+            "deepspeed_stage_1_offload",
+            "deepspeed_stage_2",
+            "deepspeed_stage_2_offload",
+            "deepspeed_stage_3",
+            "deepspeed_stage_3_offload",
+            "deepspeed_stage_3_offload_nvme",
+        )
+    },
+    **{("strategy", name): "torchweft-xla" for name in ("xla", "xla_fsdp", "single_xla")},
+    ("precision", "16-mixed"): "torchweft-cuda",
+    ("launcher", "ray"): "torchweft-ray",
+}

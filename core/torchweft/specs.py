@@ -1,0 +1,199 @@
+"""What a plugin declares: small frozen records, free of torch.
+
+A spec names its implementation by a target, ``"package.module:attribute"``, so that listing and
+choosing never imports a backend.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from torchweft.errors import BrokenPlugin
+
+__all__ = [
+    "KINDS",
+    "AcceleratorSpec",
+    "Availability",
+    "Detection",
+    "LauncherSpec",
+    "PrecisionSpec",
+    "Preset",
+    "Spec",
+    "StrategySpec",
+    "load_target",
+]
+
+#: In the order in which they are chosen: a spec may only restrict itself to earlier kinds.
+KINDS = ("accelerator", "strategy", "precision", "launcher")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Availability:
+    """What a probe found out, without initialising a device.
+
+    ``count`` is the number of devices on this node, or None where there is no limit.
+    """
+
+    ok: bool
+    reason: str = ""
+    hint: str = ""
+    count: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Detection:
+    """What a launcher outside left in the environment.
+
+    ``world_size`` and ``processes_per_node`` are None where the environment does not say.
+    """
+
+    reason: str
+    world_size: int | None = None
+    processes_per_node: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preset:
+    """A name for a strategy together with options, or with the launcher that it needs."""
+
+    alias: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    launcher: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spec:
+    """What is common to the four kinds.
+
+    Attributes:
+        name: what the user writes.
+        target: ``"package.module:attribute"`` of the class.
+        summary: one line for ``torchweft plugins``.
+        aliases: other names for the same thing.
+        priority: what ``"auto"`` goes by; None is never picked by ``"auto"``.
+        probe: target of a torch-free ``() -> Availability``; empty means always available.
+        devices: torch device types served; empty means any.
+        strategies: names of the strategies served; empty means any.
+        exclusive: later kinds whose spec must name this one to be used with it.
+    """
+
+    kind: ClassVar[str] = ""
+
+    name: str
+    target: str
+    summary: str = ""
+    aliases: tuple[str, ...] = ()
+    priority: int | None = None
+    probe: str = ""
+    devices: tuple[str, ...] = ()
+    strategies: tuple[str, ...] = ()
+    exclusive: tuple[str, ...] = ()
+
+    def names(self) -> tuple[str, ...]:
+        """Every word that a user may write for this spec, the name first."""
+        return (self.name, *self.aliases)
+
+    def served_devices(self) -> tuple[str, ...]:
+        """The device types for which this spec competes; empty means any."""
+        return self.devices
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AcceleratorSpec(Spec):
+    """A kind of device.
+
+    Attributes:
+        device: torch's own word for it (``"cuda"``, ``"xla"``, ``"cpu"``).
+        default_devices: how many ``devices="auto"`` takes; ``"all"`` takes what the probe counts.
+        selectable: whether single devices may be chosen by index.
+    """
+
+    kind: ClassVar[str] = "accelerator"
+
+    device: str
+    default_devices: int | Literal["all"] = 1
+    selectable: bool = True
+
+    def served_devices(self) -> tuple[str, ...]:
+        return (self.device,)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StrategySpec(Spec):
+    """How work is spread over devices.
+
+    Attributes:
+        processes: one process per ``"device"``, per ``"node"``, or ``"one"`` in all.
+        presets: names that stand for this strategy with options or a launcher.
+        preload: modules worth importing once, before ranks are forked. None of them may select
+            or count a device.
+    """
+
+    kind: ClassVar[str] = "strategy"
+
+    processes: Literal["device", "node", "one"] = "device"
+    presets: tuple[Preset, ...] = ()
+    preload: tuple[str, ...] = ()
+
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases, *(preset.alias for preset in self.presets))
+
+    def preset(self, name: str) -> Preset | None:
+        """The preset called ``name``, if that is how the strategy was asked for."""
+        return next((preset for preset in self.presets if preset.alias == name), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrecisionSpec(Spec):
+    """Number formats of parameters and computation."""
+
+    kind: ClassVar[str] = "precision"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LauncherSpec(Spec):
+    """Who makes the processes.
+
+    Attributes:
+        detect: target of a torch-free ``(environ) -> Detection | None``: whether this launcher
+            has already made the process that asks.
+        processes: whether it serves plans of ``"one"`` process, of ``"many"``, or ``"any"``.
+        nodes: whether it serves ``"one"`` node or ``"any"`` number.
+        outside: the processes are made by somebody else, before this one ran its first line;
+            such a launcher is detected, never asked to start anything.
+        function: whether ``launch()`` needs a function: ``"optional"`` or ``"required"``.
+    """
+
+    kind: ClassVar[str] = "launcher"
+
+    detect: str = ""
+    processes: Literal["one", "many", "any"] = "any"
+    nodes: Literal["one", "any"] = "one"
+    outside: bool = False
+    function: Literal["optional", "required"] = "optional"
+
+
+def load_target(target: str, provider: str) -> Any:
+    """The object that ``"package.module:attribute"`` names.
+
+    ``provider`` says in the error who declared it. Raises ``BrokenPlugin``.
+    """
+    module_name, _, attribute = target.partition(":")
+    if not module_name or not attribute:
+        raise BrokenPlugin(
+            f"{provider} declares the target '{target}', which is not of the form "
+            "'package.module:attribute'"
+        )
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except Exception as error:
+        raise BrokenPlugin(
+            f"{provider} declares the target '{target}', which cannot be loaded: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return found
