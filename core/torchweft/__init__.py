@@ -13,7 +13,7 @@ from torchweft.hookspecs import hookimpl
 if TYPE_CHECKING:
     from torchweft.data.shard import shard
     from torchweft.fabric import Fabric
-    from torchweft.worker import seed_everything
+    from torchweft.seed import seed_everything
     from torchweft.wrappers import is_wrapped
 
 __all__ = ["Fabric", "TorchweftError", "__version__", "hookimpl", "is_wrapped", "seed_everything",
@@ -24,7 +24,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "Fabric": "torchweft.fabric",
     "is_wrapped": "torchweft.wrappers",
-    "seed_everything": "torchweft.worker",
+    "seed_everything": "torchweft.seed",
     "shard": "torchweft.data.shard",
 }
 

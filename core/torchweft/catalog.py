@@ -15,10 +15,17 @@ __all__ = ["Catalog", "Entry", "Row", "disjoint", "narrower", "probe"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """A spec and who provides it."""
+    """A spec and who provides it.
+
+    Attributes:
+        spec: what was declared.
+        provider: ``"distribution version"``, or whatever names who made it.
+        plugin: the name that ``TORCHWEFT_DISABLE_PLUGINS`` takes; empty for a user's own object.
+    """
 
     spec: Spec
     provider: str
+    plugin: str = ""
 
     def describe(self) -> str:
         """``"'name' (provider)"``."""
@@ -27,7 +34,19 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One line of ``torchweft plugins``."""
+    """One line of ``torchweft plugins``.
+
+    Attributes:
+        kind: ``"accelerator"``, ``"strategy"``, ``"precision"`` or ``"launcher"``.
+        name: what the user writes.
+        aliases: what may be written instead, presets included.
+        provider: ``"distribution version"``.
+        summary: one line about it.
+        available: whether it can be used on this machine.
+        reason: why not.
+        hint: what to do about it.
+        clash: who else declares one of its names for the same case; empty when nobody does.
+    """
 
     kind: str
     name: str
@@ -44,15 +63,21 @@ class Catalog:
     """Everything that the installed plugins declare.
 
     Attributes:
-        declared: the plugins, also those that failed.
+        declared: the plugins, also those that failed or are disabled.
     """
 
     def __init__(self, declared: Iterable[Declared]) -> None:
         self.declared = tuple(declared)
-        self._entries: dict[str, list[Entry]] = {kind: [] for kind in KINDS}
+        entries: dict[str, list[Entry]] = {kind: [] for kind in KINDS}
         for plugin in self.declared:
             for spec in plugin.specs:
-                self._entries[spec.kind].append(Entry(spec=spec, provider=plugin.provider))
+                entries[spec.kind].append(
+                    Entry(spec=spec, provider=plugin.provider, plugin=plugin.plugin)
+                )
+        self._entries = {
+            kind: tuple(sorted(found, key=lambda e: (e.spec.name, e.provider, e.plugin)))
+            for kind, found in entries.items()
+        }
 
     @property
     def broken(self) -> tuple[Declared, ...]:
@@ -60,8 +85,8 @@ class Catalog:
         return tuple(plugin for plugin in self.declared if plugin.error)
 
     def entries(self, kind: str) -> tuple[Entry, ...]:
-        """Every entry of a kind, in a fixed order."""
-        return tuple(sorted(self._entries[kind], key=lambda e: (e.spec.name, e.provider)))
+        """Every entry of a kind, in an order that does not depend on that of installation."""
+        return self._entries[kind]
 
     def named(self, kind: str, name: str) -> tuple[Entry, ...]:
         """The entries that answer to ``name``; several when they serve different cases."""
@@ -69,17 +94,13 @@ class Catalog:
 
     def names(self, kind: str) -> tuple[str, ...]:
         """The words that may be written for a kind, aliases and presets included, sorted."""
-        return tuple(sorted({n for entry in self._entries[kind] for n in entry.spec.names()}))
+        return tuple(sorted({n for entry in self.entries(kind) for n in entry.spec.names()}))
 
     def clash(self, kind: str, name: str) -> tuple[Entry, Entry] | None:
         """Two entries between which nothing decides when ``name`` is asked for."""
         entries = self.named(kind, name)
-        for i, first in enumerate(entries):
-            for second in entries[i + 1 :]:
-                a, b = first.spec, second.spec
-                if not (narrower(a, b) or narrower(b, a) or disjoint(a, b)):
-                    return first, second
-        return None
+        pairs = ((a, b) for i, a in enumerate(entries) for b in entries[i + 1 :])
+        return next((pair for pair in pairs if _undecided(*pair)), None)
 
     def rows(self) -> list[Row]:
         """Every spec with its availability here, by kind and name. Runs the probes."""
@@ -88,12 +109,6 @@ class Catalog:
     def _row(self, entry: Entry) -> Row:
         spec = entry.spec
         availability = probe(entry)
-        clashes = []
-        for name in spec.names():
-            pair = self.clash(spec.kind, name)
-            if pair is not None and entry in pair:
-                other = pair[1] if pair[0] is entry else pair[0]
-                clashes.append(f"'{name}' is also declared by {other.provider}")
         return Row(
             kind=spec.kind,
             name=spec.name,
@@ -103,7 +118,12 @@ class Catalog:
             available=availability.ok,
             reason=availability.reason,
             hint=availability.hint,
-            clash="; ".join(clashes),
+            clash="; ".join(
+                f"'{name}' is also declared by {other.provider}"
+                for name in spec.names()
+                for other in self.named(spec.kind, name)
+                if other is not entry and _undecided(entry, other)
+            ),
         )
 
 
@@ -116,7 +136,7 @@ def probe(entry: Entry) -> Availability:
         answer: Any = function()
         if not isinstance(answer, Availability):
             raise BrokenPlugin(f"it returned {answer!r} instead of an Availability")
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return Availability(
             ok=False,
             reason=f"the probe '{entry.spec.probe}' of {entry.provider} failed: "
@@ -136,6 +156,10 @@ def disjoint(a: Spec, b: Spec) -> bool:
     """Whether no case exists in which both serve."""
     axes = [(a.served_devices(), b.served_devices()), (a.strategies, b.strategies)]
     return any(x and y and not set(x) & set(y) for x, y in axes)
+
+
+def _undecided(a: Entry, b: Entry) -> bool:
+    return not (narrower(a.spec, b.spec) or narrower(b.spec, a.spec) or disjoint(a.spec, b.spec))
 
 
 def _subset(a: tuple[str, ...], b: tuple[str, ...]) -> bool:

@@ -52,14 +52,14 @@ class Handoff:
         if not text:
             return None
         try:
-            fields = json.loads(text)
-            handoff = cls(**fields)
-            if not isinstance(handoff.flags, dict) or not isinstance(handoff.run_id, str):
+            handoff = cls(**json.loads(text))
+            if not _sound(handoff):
                 raise TypeError("wrong types")
-        except (ValueError, TypeError):
+        # RecursionError is what deeply nested brackets end in.
+        except (ValueError, TypeError, RecursionError):
             raise InvalidRequest(
-                f"the environment variable {VARIABLE} is {text!r}, which 'torchweft run' never "
-                f"writes; it is not meant to be set by hand: unset {VARIABLE}"
+                f"the environment variable {VARIABLE} is {_shortened(text)!r}, which "
+                f"'torchweft run' never writes; it is not meant to be set by hand: unset {VARIABLE}"
             ) from None
         mine = handoff.pid == os.getpid() or handoff.parent == os.getppid()
         return handoff if mine else None
@@ -68,3 +68,18 @@ class Handoff:
     def stale(cls, environ: Mapping[str, str]) -> bool:
         """Whether the environment describes a run to which this process does not belong."""
         return bool(environ.get(VARIABLE)) and cls.read(environ) is None
+
+
+def _sound(handoff: Handoff) -> bool:
+    """Whether the fields have their types, which JSON does not promise."""
+    return (
+        isinstance(handoff.run_id, str)
+        and isinstance(handoff.launcher, str)
+        and isinstance(handoff.flags, dict)
+        and isinstance(handoff.pid, int | None)
+        and isinstance(handoff.parent, int | None)
+    )
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:79]}…"

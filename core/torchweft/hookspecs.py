@@ -3,6 +3,9 @@
 A plugin is a module of functions marked with ``hookimpl``, named by an entry point in the group
 ``torchweft``. Nothing here, nor in a plugin's hooks module, may import torch: the module is
 imported to list what is installed.
+
+A hook returns what its page says and never None: an implementation without a return statement is
+reported as broken. No hook stops the others, so the order of installation never matters.
 """
 
 from __future__ import annotations
@@ -39,8 +42,12 @@ hookimpl = pluggy.HookimplMarker(NAME)
 def torchweft_accelerators() -> Iterable[AcceleratorSpec]:
     """Declare accelerators.
 
-    Called once per plugin, when it is loaded, in the process that makes the plan. The results of
-    all plugins are put together; their order never matters.
+    Called by the plugin manager, once per plugin when it is loaded, in the process that makes
+    the plan or prints a listing.
+
+    Returns:
+        One ``AcceleratorSpec`` for each kind of device; the specs of all plugins are put
+        together. An empty list where this platform has none.
     """
     return ()
 
@@ -49,8 +56,12 @@ def torchweft_accelerators() -> Iterable[AcceleratorSpec]:
 def torchweft_strategies() -> Iterable[StrategySpec]:
     """Declare strategies.
 
-    Called once per plugin, when it is loaded, in the process that makes the plan. The results of
-    all plugins are put together; their order never matters.
+    Called by the plugin manager, once per plugin when it is loaded, in the process that makes
+    the plan or prints a listing.
+
+    Returns:
+        One ``StrategySpec`` for each way of spreading work; the specs of all plugins are put
+        together. An empty list where there is none to declare.
     """
     return ()
 
@@ -59,8 +70,12 @@ def torchweft_strategies() -> Iterable[StrategySpec]:
 def torchweft_precisions() -> Iterable[PrecisionSpec]:
     """Declare precisions.
 
-    Called once per plugin, when it is loaded, in the process that makes the plan. The results of
-    all plugins are put together; their order never matters.
+    Called by the plugin manager, once per plugin when it is loaded, in the process that makes
+    the plan or prints a listing.
+
+    Returns:
+        One ``PrecisionSpec`` for each combination of number formats; the specs of all plugins
+        are put together. An empty list where there is none to declare.
     """
     return ()
 
@@ -69,19 +84,29 @@ def torchweft_precisions() -> Iterable[PrecisionSpec]:
 def torchweft_launchers() -> Iterable[LauncherSpec]:
     """Declare launchers.
 
-    Called once per plugin, when it is loaded, in the process that makes the plan. The results of
-    all plugins are put together; their order never matters.
+    Called by the plugin manager, once per plugin when it is loaded, in the process that makes
+    the plan or prints a listing.
+
+    Returns:
+        One ``LauncherSpec`` for each way of making processes; the specs of all plugins are put
+        together. An empty list where there is none to declare.
     """
     return ()
 
 
 @_hookspec
 def torchweft_check_plan(plan: RunPlan) -> Iterable[str]:
-    """Object to a plan: one sentence per objection, each with the way out.
+    """Object to a plan.
 
-    Called once, after all choices were made and before any process starts. The objections of all
-    plugins are raised together, in one ``IncompatiblePlan``. Return an empty list when there is
-    nothing to object to.
+    Called by the resolution, once, after all choices were made and before any process starts;
+    by each rank too, which makes the same plan again.
+
+    Args:
+        plan: what is about to be run; plain data, nothing of it exists yet.
+
+    Returns:
+        One sentence per objection, each with the way out. The objections of all plugins are
+        raised together, in one ``IncompatiblePlan``. An empty list when there is none.
     """
     return ()
 
@@ -90,9 +115,15 @@ def torchweft_check_plan(plan: RunPlan) -> Iterable[str]:
 def torchweft_worker_context(run: Any) -> AbstractContextManager[Any]:
     """Wrap what the user's code does in a rank.
 
-    Called in every process, after device and process group exist and before user code. ``run``
-    is the live ``torchweft.api.Run``. The contexts of all plugins are entered one after another
-    and left in reverse order, before the process group is destroyed; they receive the exception
-    when the rank failed with one.
+    Called by the worker, once in every process, after device and process group exist and before
+    user code.
+
+    Args:
+        run: the live ``torchweft.api.Run`` of this process.
+
+    Returns:
+        A context manager. Those of all plugins are entered one after another and left in
+        reverse order, before the process group is destroyed; they receive the exception when
+        the rank failed with one. ``contextlib.nullcontext()`` where there is nothing to wrap.
     """
     raise NotImplementedError

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 __all__ = ["KNOWN"]
 
-#: (kind, name) -> the distribution that ``pip install`` takes.
+#: (kind, name) -> the distribution that ``pip install`` takes. Of the names of one kind the
+#: common one comes first: it is the one that is suggested where nothing was asked for by name.
 KNOWN: Mapping[tuple[str, str], str] = {
     **{("accelerator", name): "torchweft-cuda" for name in ("cuda", "gpu")},
     **{("accelerator", name): "torchweft-xla" for name in ("xla", "tpu")},
@@ -36,6 +37,6 @@ KNOWN: Mapping[tuple[str, str], str] = {
         )
     },
     **{("strategy", name): "torchweft-xla" for name in ("xla", "xla_fsdp", "single_xla")},
-    ("precision", "16-mixed"): "torchweft-cuda",
+    **{("precision", name): "torchweft-cuda" for name in ("16-mixed", "16")},
     ("launcher", "ray"): "torchweft-ray",
 }

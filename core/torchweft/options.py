@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torchweft.errors import InvalidRequest, UnknownOption, did_you_mean
 
-__all__ = ["check_options"]
+__all__ = ["check_options", "fits", "spell_type"]
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -19,21 +19,16 @@ def check_options(kind: str, name: str, cls: Any, options: Mapping[str, Any]) ->
     """Check options against the constructor of ``cls``: known names, and simple types.
 
     Raises ``UnknownOption`` with the nearest known option, or ``InvalidRequest`` for a value of
-    another type than a plainly annotated parameter takes.
+    another type than a plainly annotated parameter takes, and for a required option left out.
     """
+    signature = inspect.signature(cls).parameters.values()
     parameters = {
         parameter.name: parameter
-        for parameter in inspect.signature(cls).parameters.values()
+        for parameter in signature
         if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     }
-    takes_any = any(
-        parameter.kind is parameter.VAR_KEYWORD
-        for parameter in inspect.signature(cls).parameters.values()
-    )
-    try:
-        hints = typing.get_type_hints(cls.__init__)
-    except Exception:  # an annotation that only a type checker can resolve decides nothing here
-        hints = {}
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature)
+    hints = _hints(cls)
     for key, value in options.items():
         if key not in parameters and not takes_any:
             known = ", ".join(sorted(parameters)) or "none"
@@ -41,19 +36,40 @@ def check_options(kind: str, name: str, cls: Any, options: Mapping[str, Any]) ->
             raise UnknownOption(
                 f"{kind} '{name}' has no option '{key}'{near} options of {cls.__name__}: {known}"
             )
-        if key in hints and not _fits(value, hints[key]):
+        if key in hints and not fits(value, hints[key]):
             raise InvalidRequest(
-                f"{kind} '{name}' takes {key} as {_spell(hints[key])}, not {value!r}"
+                f"{kind} '{name}' takes {key} as {spell_type(hints[key])}, not {value!r}"
+            )
+    for parameter in parameters.values():
+        if parameter.default is parameter.empty and parameter.name not in options:
+            raise InvalidRequest(
+                f"{kind} '{name}' needs the option '{parameter.name}'; "
+                f"write {kind}='{name}:{parameter.name}=…'"
             )
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value fits an annotation; annotations that are not plain fit everything."""
+def _hints(cls: Any) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(cls.__init__ if isinstance(cls, type) else cls)
+    except Exception:  # an annotation that only a type checker can resolve decides nothing here
+        return {}
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value fits an annotation; annotations that are not plain fit everything.
+
+    Plain are ``bool``, ``int``, ``float`` (which takes an ``int``), ``str``, ``None``, literals,
+    ``tuple[X, ...]``, and unions of these. A ``bool`` is no ``int`` here: nobody means
+    ``bucket=true`` as 1.
+    """
     origin = typing.get_origin(hint)
     if origin is Literal:
-        return value in typing.get_args(hint)
+        return any(value == word and type(value) is type(word) for word in typing.get_args(hint))
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, part) for part in typing.get_args(hint))
+        return any(fits(value, part) for part in typing.get_args(hint))
+    if origin is tuple and typing.get_args(hint)[1:] == (...,):
+        element = typing.get_args(hint)[0]
+        return isinstance(value, tuple) and all(fits(each, element) for each in value)
     if hint not in _PLAIN:
         return True
     if hint is bool or isinstance(value, bool):
@@ -63,5 +79,13 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-def _spell(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint)
+def spell_type(hint: Any) -> str:
+    """An annotation as an error message spells it: ``"int | None"``, ``"'sum' | 'mean'"``."""
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return " | ".join(repr(word) for word in typing.get_args(hint))
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(spell_type(part) for part in typing.get_args(hint))
+    if hint is type(None):
+        return "None"
+    return hint.__name__ if isinstance(hint, type) and origin is None else str(hint)

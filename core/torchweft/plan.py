@@ -13,11 +13,24 @@ __all__ = ["Decision", "Rejected", "RunPlan", "Topology"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rejected:
-    """A spec that was looked at and not taken."""
+    """A spec that was looked at and not taken.
+
+    Attributes:
+        name: of the spec.
+        provider: the distribution that provides it.
+        reason: why it cannot be used, or not with what was decided before.
+        hint: what to do about it; may be empty.
+    """
 
     name: str
     provider: str
     reason: str
+    hint: str = ""
+
+    def sentence(self) -> str:
+        """``"'name' (provider): reason; hint"``."""
+        hint = f"; {self.hint}" if self.hint else ""
+        return f"'{self.name}' ({self.provider}): {self.reason}{hint}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,43 +81,69 @@ class Topology:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPlan:
-    """Everything that is settled before a process starts."""
+    """Everything that is settled before a process starts.
+
+    Attributes:
+        accelerator: the kind of device.
+        strategy: how work is spread.
+        precision: which number formats.
+        launcher: who makes the processes.
+        topology: how many processes, where.
+        options: by kind, what the constructor of the chosen class is given.
+        decisions: how each of the four was decided, in this order.
+        notes: what else the user should know, one sentence each.
+    """
 
     accelerator: AcceleratorSpec
     strategy: StrategySpec
     precision: PrecisionSpec
     launcher: LauncherSpec
     topology: Topology
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    # Mappings have no hash; what was chosen tells plans apart well enough.
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
     decisions: tuple[Decision, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """One line: ``"ddp on 2 x cpu, 32-true, launched by script"``."""
-        nodes = self.topology.num_nodes
-        where = "" if nodes == 1 else f" on {nodes} nodes"
+        where = f"{len(self.topology.devices)} x {self.accelerator.name}"
+        if self.topology.num_nodes != 1:
+            where += f" on each of {self._nodes()} nodes"
         return (
-            f"{self.strategy.name} on {len(self.topology.devices)} x {self.accelerator.name}"
-            f"{where}, {self.precision.name}, launched by {self.launcher.name}"
+            f"{self.strategy.name} on {where}, {self.precision.name}, "
+            f"launched by {self.launcher.name}"
         )
 
     def explain(self) -> str:
-        """Every decision with its reason, and what was rejected, as text for a terminal."""
-        lines = []
+        """Every decision with its reason, and what was rejected, as text for a terminal.
+
+        A label of at most 12 characters begins a line; lines without one continue the entry.
+        """
+        rows: list[tuple[str, str]] = []
         for decision in self.decisions:
-            lines.append(
-                f"{decision.kind:<12}{decision.spec.name}  ({decision.provider}; "
-                f"asked for: {decision.wanted}; {decision.why})"
-            )
-            lines.extend(
-                f"{'':<12}  not {r.name} ({r.provider}): {r.reason}" for r in decision.rejected
-            )
+            rows.append((decision.kind, _decided(decision)))
             options = self.options.get(decision.kind)
             if options:
                 written = ", ".join(f"{key}={value!r}" for key, value in options.items())
-                lines.append(f"{'':<12}  with {written}")
+                rows.append(("", f"  with {written}"))
+            rows.extend(("", f"  not {rejected.sentence()}") for rejected in decision.rejected)
+        rows.append(("processes", self._processes()))
+        rows.extend(("note", note) for note in self.notes)
+        return "\n".join(f"{label:<12}{text}" for label, text in rows)
+
+    def _nodes(self) -> str:
+        nodes = self.topology.num_nodes
+        return f"{nodes}" if isinstance(nodes, int) else f"{nodes[0]} to {nodes[1]}"
+
+    def _processes(self) -> str:
         top = self.topology
-        lines.append(
-            f"{'processes':<12}{top.world_size}  ({top.processes_per_node} on each of "
-            f"{top.num_nodes} node(s), devices {', '.join(map(str, top.devices))})"
-        )
-        return "\n".join(lines)
+        devices = ", ".join(map(str, top.devices))
+        node = "this node" if top.num_nodes == 1 else f"each of {self._nodes()} nodes"
+        most = "" if isinstance(top.num_nodes, int) else "at most "
+        return f"{most}{top.world_size}  ({top.processes_per_node} on {node}, devices {devices})"
+
+
+def _decided(decision: Decision) -> str:
+    return (
+        f"{decision.spec.name}  ({decision.provider}; asked for: {decision.wanted}; {decision.why})"
+    )

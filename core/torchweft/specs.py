@@ -7,6 +7,7 @@ choosing never imports a backend.
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -23,6 +24,7 @@ __all__ = [
     "Preset",
     "Spec",
     "StrategySpec",
+    "is_target",
     "load_target",
 ]
 
@@ -60,7 +62,8 @@ class Preset:
     """A name for a strategy together with options, or with the launcher that it needs."""
 
     alias: str
-    options: Mapping[str, Any] = field(default_factory=dict)
+    # A mapping has no hash; the alias alone tells presets of one spec apart.
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     launcher: str | None = None
 
 
@@ -96,9 +99,17 @@ class Spec:
         """Every word that a user may write for this spec, the name first."""
         return (self.name, *self.aliases)
 
+    def preset(self, name: str) -> Preset | None:
+        """The preset called ``name``, if ``name`` stands for more than this spec."""
+        return None
+
     def served_devices(self) -> tuple[str, ...]:
         """The device types for which this spec competes; empty means any."""
         return self.devices
+
+    def targets(self) -> dict[str, str]:
+        """Every target of this spec by the name of its field; those left empty are left out."""
+        return {"target": self.target, **({"probe": self.probe} if self.probe else {})}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +129,7 @@ class AcceleratorSpec(Spec):
     selectable: bool = True
 
     def served_devices(self) -> tuple[str, ...]:
+        """Its own device: two accelerators of one name compete when they drive the same one."""
         return (self.device,)
 
 
@@ -139,10 +151,11 @@ class StrategySpec(Spec):
     preload: tuple[str, ...] = ()
 
     def names(self) -> tuple[str, ...]:
+        """Every word that a user may write for this spec: its name, aliases and presets."""
         return (self.name, *self.aliases, *(preset.alias for preset in self.presets))
 
     def preset(self, name: str) -> Preset | None:
-        """The preset called ``name``, if that is how the strategy was asked for."""
+        """The preset called ``name``, if ``name`` stands for options or a launcher too."""
         return next((preset for preset in self.presets if preset.alias == name), None)
 
 
@@ -175,6 +188,19 @@ class LauncherSpec(Spec):
     outside: bool = False
     function: Literal["optional", "required"] = "optional"
 
+    def targets(self) -> dict[str, str]:
+        """The targets of every spec, and that of the detection."""
+        # Not super(): slots=True makes the class anew, and super() would look for the old one.
+        return {**Spec.targets(self), **({"detect": self.detect} if self.detect else {})}
+
+
+_TARGET = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
+
+
+def is_target(text: str) -> bool:
+    """Whether ``text`` is of the form ``"package.module:attribute"``; nothing is imported."""
+    return _TARGET.fullmatch(text) is not None
+
 
 def load_target(target: str, provider: str) -> Any:
     """The object that ``"package.module:attribute"`` names.
@@ -182,7 +208,7 @@ def load_target(target: str, provider: str) -> Any:
     ``provider`` says in the error who declared it. Raises ``BrokenPlugin``.
     """
     module_name, _, attribute = target.partition(":")
-    if not module_name or not attribute:
+    if not is_target(target):
         raise BrokenPlugin(
             f"{provider} declares the target '{target}', which is not of the form "
             "'package.module:attribute'"
@@ -191,7 +217,8 @@ def load_target(target: str, provider: str) -> Any:
         found: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except Exception as error:
+    # SystemExit too: a library that gives up by sys.exit() has not loaded either.
+    except (Exception, SystemExit) as error:
         raise BrokenPlugin(
             f"{provider} declares the target '{target}', which cannot be loaded: "
             f"{type(error).__name__}: {error}"

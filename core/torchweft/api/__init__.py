@@ -2,11 +2,13 @@
 
 from torchweft.api.accelerator import Accelerator
 from torchweft.api.batch import map_leaves, move_batch
-from torchweft.api.collectives import Alone, Collectives, ProcessGroup, open_store
+from torchweft.api.collectives import Alone, Collectives, ProcessGroup
+from torchweft.api.group import Group, join_group, leave_group, open_store
 from torchweft.api.launcher import Launcher
+from torchweft.api.place import Place
 from torchweft.api.precision import Precision
 from torchweft.api.run import Run
-from torchweft.api.strategy import DataShard, Place, Prepared, Strategy
+from torchweft.api.strategy import DataShard, Prepared, Strategy
 from torchweft.plan import RunPlan
 from torchweft.rank import RankInfo, Rendezvous
 
@@ -15,6 +17,7 @@ __all__ = [
     "Alone",
     "Collectives",
     "DataShard",
+    "Group",
     "Launcher",
     "Place",
     "Precision",
@@ -25,6 +28,8 @@ __all__ = [
     "Run",
     "RunPlan",
     "Strategy",
+    "join_group",
+    "leave_group",
     "map_leaves",
     "move_batch",
     "open_store",

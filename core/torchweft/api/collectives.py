@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -11,9 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchweft.errors import InvalidRequest
-from torchweft.rank import RankInfo, Rendezvous
 
-__all__ = ["Alone", "Collectives", "ProcessGroup", "open_store"]
+__all__ = ["Alone", "Collectives", "ProcessGroup"]
 
 _OPS = ("mean", "sum", "min", "max", "product")
 
@@ -109,9 +107,10 @@ class ProcessGroup(Collectives):
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         work = tensor.to(self._device).contiguous()
         if sync_grads:
-            from torch.distributed.nn.functional import all_gather
+            from torch.distributed.nn import functional
 
-            parts = all_gather(work, group=group if group is not None else dist.group.WORLD)
+            world = group if group is not None else dist.group.WORLD
+            parts = functional.all_gather(work, group=world)  # type: ignore[no-untyped-call]
         else:
             work = work.detach()
             parts = [torch.empty_like(work) for _ in range(dist.get_world_size(group))]
@@ -132,23 +131,3 @@ def _check_src(src: int, world_size: int) -> None:
             f"broadcast from src={src}, but the ranks of this run are 0 to {world_size - 1}"
         )
 
-
-def open_store(rendezvous: Rendezvous, rank: RankInfo) -> dist.Store:
-    """The key-value store through which the ranks of a run find each other.
-
-    Never ``env://``: torch's agent keeps one store across restarts, and gloo would then connect
-    to the addresses of dead ranks; the prefix is unique to run and restart.
-    """
-    timeout = timedelta(seconds=rendezvous.timeout)
-    if rank.world_size == 1 and not rendezvous.port:
-        return dist.PrefixStore(rendezvous.prefix, dist.HashStore())
-    store = dist.TCPStore(
-        rendezvous.address,
-        rendezvous.port,
-        is_master=rendezvous.hosts,
-        timeout=timeout,
-        wait_for_workers=False,
-        multi_tenant=True,
-        master_listen_fd=rendezvous.listen_fd if rendezvous.hosts else None,
-    )
-    return dist.PrefixStore(rendezvous.prefix, store)

@@ -12,20 +12,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
-from torchweft.api.accelerator import Accelerator
 from torchweft.api.batch import move_batch
 from torchweft.api.collectives import Alone, Collectives
-from torchweft.api.precision import Precision
+from torchweft.api.place import Place
 from torchweft.api.state import (
     load_named_module_state,
     load_named_optimizer_state,
     named_module_state,
     named_optimizer_state,
 )
-from torchweft.plan import RunPlan
-from torchweft.rank import RankInfo, Rendezvous
 
-__all__ = ["DataShard", "Place", "Prepared", "Strategy"]
+__all__ = ["DataShard", "Prepared", "Strategy", "default_dtype"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,18 +38,6 @@ class DataShard:
     replicas: int = 1
     first: int = 0
     count: int = 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """Where a strategy starts: everything that is settled before it."""
-
-    plan: RunPlan
-    rank: RankInfo
-    rendezvous: Rendezvous
-    accelerator: Accelerator
-    device: torch.device
-    precision: Precision
 
 
 @dataclass(slots=True, kw_only=True)
@@ -73,10 +58,7 @@ class Strategy:
         class Mean(Strategy):
             def start(self, place):
                 super().start(place)
-                store = open_store(place.rendezvous, place.rank)
-                torch.distributed.init_process_group(
-                    place.accelerator.backend, store=store,
-                    rank=place.rank.rank, world_size=place.rank.world_size)
+                self.group = join_group(place, backend=place.accelerator.backend)
 
             @property
             def shard(self):
@@ -94,8 +76,7 @@ class Strategy:
                 return super().step(optimizer, closure)
 
             def stop(self, failed):
-                if not failed:
-                    torch.distributed.destroy_process_group()
+                leave_group(self.group, failed=failed)
 
     The constructor's keyword arguments are the strategy's options: what a user writes behind the
     name (``"mean:bucket=25"``) is checked against its signature and annotations. The constructor
@@ -175,7 +156,7 @@ class Strategy:
 
     def backward(self, loss: Tensor, module: nn.Module | None, *args: Any, **kwargs: Any) -> None:
         """Compute gradients; ``args`` are those of ``Tensor.backward``."""
-        self.place.precision.scale(loss).backward(*args, **kwargs)
+        self.place.precision.scale(loss).backward(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def step(self, optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
         """Update the parameters; returns what the optimizer returns."""

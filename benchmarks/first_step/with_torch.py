@@ -1,0 +1,26 @@
+"""One DDP step in plain PyTorch; rank 0 writes when it was done. Argument: the file to write."""
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def main():
+    dist.init_process_group("gloo")
+    model = DistributedDataParallel(nn.Linear(32, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    loss = model(torch.randn(16, 32)).sum()
+    loss.backward()
+    optimizer.step()
+    if dist.get_rank() == 0:
+        Path(sys.argv[1]).write_text(repr(time.time()))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""What both benchmarks say about themselves: machine, versions, a table, a JSON file."""
+
+import json
+import os
+import platform
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median, quantiles
+
+
+def installed(distribution: str) -> str | None:
+    """The version of a distribution in this environment, None where there is none."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def circumstances() -> dict[str, object]:
+    """Date, machine and versions: what a figure means nothing without."""
+    distributions = ("torch", "torchweft", "torchweft-cuda", "lightning", "accelerate")
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": len(os.sched_getaffinity(0)),
+        "versions": {name: found for name in distributions if (found := installed(name))},
+    }
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, _, high = quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
+    return {"median": median(values), "low": low, "high": high}
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Columns aligned: the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in [head, *rows]
+    )
+
+
+def write(path: str | None, content: dict[str, object]) -> None:
+    """Write the figures as JSON, where a path was given."""
+    if path:
+        Path(path).write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,160 @@
+"""How long a user waits: for the import, for the list of plugins, for the first DDP step.
+
+Every figure is the wall time of a fresh command, from before it is started. The commands that are
+compared take turns, in an order that rotates; a ratio is the median over rounds of a command's
+time against the first command's of the same round. The launch is timed to the moment at which
+rank 0 has done its first ``optimizer.step()``.
+"""
+
+import argparse
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from report import circumstances, installed, spread, table, write
+
+SCRIPTS = Path(__file__).parent / "first_step"
+PYTHON = sys.executable
+
+Timed = Callable[[], float]
+
+
+def run(command: list[str], limit: float = 300) -> None:
+    """Run a command to its end; its output is shown only where it fails."""
+    # Without written bytecode every process would compile what it imports.
+    environ = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    done = subprocess.run(
+        command, env=environ, capture_output=True, text=True, timeout=limit, check=False
+    )
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+
+
+def until_it_ends(*command: str) -> Timed:
+    """Times a command from before its start to its end."""
+
+    def timed() -> float:
+        start = time.time()
+        run([PYTHON, *command])
+        return time.time() - start
+
+    return timed
+
+
+def until_first_step(launcher: list[str], script: str, *arguments: str) -> Timed:
+    """Times a launch from before the command's start to what rank 0 of the script wrote."""
+
+    def timed() -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            stamp = Path(folder, "done")
+            start = time.time()
+            run([PYTHON, *launcher, str(SCRIPTS / script), str(stamp), *arguments])
+            return float(stamp.read_text()) - start
+
+    return timed
+
+
+def free_port() -> str:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def imports() -> dict[str, Timed]:
+    return {
+        "import torch": until_it_ends("-c", "import torch"),
+        "import torchweft; torchweft.Fabric": until_it_ends(
+            "-c", "import torchweft; torchweft.Fabric"
+        ),
+    }
+
+
+def listing() -> dict[str, Timed]:
+    return {
+        "python -c pass": until_it_ends("-c", "pass"),
+        "torchweft plugins": until_it_ends("-m", "torchweft", "plugins"),
+    }
+
+
+def launches(count: int) -> dict[str, Timed]:
+    """Ways to start ``count`` ranks, ``torchrun`` first; a library that is absent is left out."""
+    n = str(count)
+    # Its default but for the port, which might be somebody else's. (--standalone is slower.)
+    torchrun = ["-m", "torch.distributed.run", "--master-port", free_port(), "--nproc-per-node", n]
+    command = ["-m", "torchweft", "run", "--devices", n]
+    ways = {
+        "torchrun": until_first_step(torchrun, "with_torch.py"),
+        "torchweft run": until_first_step(command, "with_torchweft.py"),
+        "python, torchweft forks": until_first_step([], "with_torchweft.py", n),
+    }
+    if installed("lightning"):
+        ways["python, Lightning Fabric"] = until_first_step([], "with_lightning.py", n)
+    if installed("accelerate"):
+        ways["torchrun, Accelerate"] = until_first_step(torchrun, "with_accelerate.py")
+    return ways
+
+
+def measure(ways: dict[str, Timed], rounds: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Seconds of each, and ratios to the first; one round before is not counted."""
+    names = list(ways)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for name in names:
+        ways[name]()
+    for round in range(rounds):
+        turn = round % len(names)
+        for name in names[turn:] + names[:turn]:
+            times[name].append(ways[name]())
+    base = times[names[0]]
+    return {
+        name: {
+            "seconds": spread(seconds),
+            "ratio": spread([mine / first for mine, first in zip(seconds, base, strict=True)]),
+        }
+        for name, seconds in times.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15, help="of each import and listing")
+    parser.add_argument("--launches", type=int, default=7, help="of each launcher")
+    parser.add_argument("--ranks", type=int, nargs="*", default=[2, 8], help="ranks to launch")
+    parser.add_argument("--json", metavar="PATH", help="write the figures there")
+    options = parser.parse_args()
+
+    parts = [("import", imports(), options.rounds), ("listing", listing(), options.rounds)]
+    parts += [(f"{n} ranks", launches(n), options.launches) for n in options.ranks]
+    results = {}
+    for title, ways, rounds in parts:
+        if rounds < 1:
+            continue
+        results[title] = measure(ways, rounds)
+        rows = [
+            [
+                name,
+                f"{figure['seconds']['median']:.3f}",
+                f"{figure['ratio']['median']:.3f}",
+                f"{figure['ratio']['low']:.3f} to {figure['ratio']['high']:.3f}",
+            ]
+            for name, figure in results[title].items()
+        ]
+        print(table([title, "seconds", "ratio", "middle half"], rows), end="\n\n", flush=True)
+    write(
+        options.json,
+        {
+            "benchmark": "startup",
+            **circumstances(),
+            "options": {"rounds": options.rounds, "launches": options.launches},
+            "results": results,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""Where a strategy starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from torchweft.api.accelerator import Accelerator
+from torchweft.api.precision import Precision
+from torchweft.plan import RunPlan
+from torchweft.rank import RankInfo, Rendezvous
+
+__all__ = ["Place"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Everything that is settled before a strategy starts in a process."""
+
+    plan: RunPlan
+    rank: RankInfo
+    rendezvous: Rendezvous
+    accelerator: Accelerator
+    device: torch.device
+    precision: Precision

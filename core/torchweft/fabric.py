@@ -1,0 +1,722 @@
+"""The user's facade: five lines between a plain loop and any device, strategy and scale."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torchweft import worker
+from torchweft.api import Accelerator, Precision, RankInfo, Run, Strategy
+from torchweft.catalog import Catalog
+from torchweft.errors import InvalidRequest, Misuse
+from torchweft.gathering import gather_data, reduce_data
+from torchweft.given import entry_for, kind_of, sort_plugins
+from torchweft.manager import Manager
+from torchweft.plan import RunPlan
+from torchweft.request import RunRequest
+from torchweft.resolve import resolve
+from torchweft.seed import seed_everything
+from torchweft.wrappers import FabricModule, FabricOptimizer, wrap_optimizer
+
+__all__ = ["Fabric"]
+
+
+class Fabric:
+    """Runs a plain PyTorch training loop on any device, with any strategy, by name.
+
+    Everything is decided when it is constructed, before any process starts: see ``plan``.
+
+    Args:
+        accelerator: name of an accelerator, an ``Accelerator``, or ``"auto"``.
+        strategy: name of a strategy, with options (``"ddp:static_graph=true"``), a ``Strategy``,
+            or ``"auto"``.
+        devices: number of devices per node, indices (``[0, 2]`` or ``"0,2"``), ``"all"`` or -1,
+            or ``"auto"``.
+        num_nodes: number of nodes; None: one, or what the launcher outside says.
+        precision: name of a precision, or None for 32-bit.
+        launcher: name of a launcher, a ``Launcher``, or ``"auto"``.
+        plugins: live ``Precision`` or ``Launcher`` objects, one of a kind, and modules of hooks
+            that are registered for this Fabric alone.
+        callbacks: objects whose methods ``call`` calls.
+        loggers: objects with ``log_metrics(metrics, step)``.
+
+    Raises:
+        TorchweftError: of the kind that fits, when what was asked for cannot be done here.
+    """
+
+    def __init__(
+        self,
+        *,
+        accelerator: Any = "auto",
+        strategy: Any = "auto",
+        devices: Any = "auto",
+        num_nodes: int | None = None,
+        precision: Any = None,
+        launcher: Any = "auto",
+        plugins: Any = None,
+        callbacks: Any = None,
+        loggers: Any = None,
+    ) -> None:
+        named = {
+            "accelerator": accelerator,
+            "strategy": strategy,
+            "precision": precision,
+            "launcher": launcher,
+        }
+        self._given, modules = sort_plugins(plugins)
+        for kind, value in named.items():
+            named[kind] = self._take_object(kind, value)
+        self._hook_modules = [module.__name__ for module in modules]
+        request = RunRequest.parse(**named, devices=devices, num_nodes=num_nodes)
+        self._manager = self._load_plugins()
+        catalog = Catalog(self._manager.declared)
+        self._plan = resolve(
+            request.with_environment(os.environ),
+            catalog,
+            environ=os.environ,
+            given={kind: entry_for(kind, value, catalog) for kind, value in self._given.items()},
+            objections=self._manager.objections,
+        )
+        self._parts = worker.Parts.build(self._plan, self._given)
+        self._callbacks = _listed(callbacks)
+        self._loggers = _listed(loggers)
+        self._made_in = os.getpid()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._live: worker.Live | None = None
+        self._launched = False
+        self._backward_open = [False]
+        self._modules: weakref.WeakSet[FabricModule] = weakref.WeakSet()
+        self._originals: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def _take_object(self, kind: str, value: Any) -> Any:
+        """Move a live object from its argument to the given ones; names stay."""
+        if kind_of(value) is None:
+            if kind in self._given and value not in (None, "auto"):
+                raise InvalidRequest(
+                    f"{kind}={value!r} and a {type(self._given[kind]).__name__} in plugins= were "
+                    "both given; leave one of them out"
+                )
+            return value
+        if kind_of(value) != kind:
+            raise InvalidRequest(
+                f"{kind}= was given {type(value).__name__}(), which is a {kind_of(value)}; pass "
+                f"it as {kind_of(value)}="
+            )
+        if kind in self._given:
+            raise InvalidRequest(
+                f"{kind}={type(value).__name__}() and a {type(self._given[kind]).__name__} in "
+                "plugins= were both given; leave one of them out"
+            )
+        self._given[kind] = value
+        return None
+
+    def _load_plugins(self) -> Manager:
+        manager = Manager.from_entry_points(os.environ)
+        for name in self._hook_modules:
+            manager.add_module(sys.modules.get(name) or importlib.import_module(name))
+        return manager
+
+    # -- pickling: a rank in a fresh process builds its own objects from the plan ----------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        for live in ("_manager", "_parts", "_live", "_modules", "_originals"):
+            state.pop(live, None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._manager = self._load_plugins()
+        self._parts = worker.Parts.build(self._plan, self._given)
+        self._reset()
+
+    def picklable_parts(self) -> Iterator[tuple[str, Any]]:
+        """What a fresh process must be given, by the words of an error message."""
+        for kind, value in self._given.items():
+            yield f"the {kind} {type(value).__name__}", value
+        for callback in self._callbacks:
+            yield f"the callback {type(callback).__name__}", callback
+        for logger in self._loggers:
+            yield f"the logger {type(logger).__name__}", logger
+        for name, value in self.__getstate__().items():
+            yield f"the attribute '{name}' of {type(self).__name__}", value
+
+    # -- processes -------------------------------------------------------------------------------
+
+    def launch(
+        self, function: Callable[..., Any] | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Make the processes of the plan.
+
+        Without a function: returns in every rank, and only there; everything above the call ran
+        once and is shared by all ranks. With one: calls ``function(fabric, *args, **kwargs)`` in
+        every rank and returns what rank 0 returned, tensors on the CPU.
+
+        Raises:
+            RankFailed: when a rank of ``launch(function)`` failed; all others were ended.
+            Misuse: when called twice, or where the launcher cannot do it, with the way out.
+        """
+        launcher = self._parts.launcher
+        if function is None:
+            if self._launched:
+                raise Misuse(
+                    "fabric.launch() was called twice; remove the second call, this process is "
+                    f"already rank {self.global_rank} of {self.world_size}"
+                )
+            launcher.launch(
+                self._plan, None, (), fork_hazard=self._parts.accelerator.fork_hazard
+            )
+            self._join(stay=True)
+            return None
+        if not callable(function):
+            raise InvalidRequest(
+                f"fabric.launch({function!r}) was given a {type(function).__name__}; it takes a "
+                "function, whose first argument is the Fabric"
+            )
+        _check_takes_fabric(function)
+        return launcher.launch(
+            self._plan,
+            _in_rank,
+            (self, function, args, kwargs),
+            fork_hazard=self._parts.accelerator.fork_hazard,
+        )
+
+    def _join(self, *, stay: bool) -> worker.Live:
+        self._launched = True
+        self._live = worker.join(self._plan, self._parts, self._manager, os.environ)
+        if stay:
+            worker.stay(self._live, owned=self._parts.launcher.owns_ranks)
+        return self._live
+
+    def _run(self, caller: str) -> Run:
+        """The live run; a plan of one process starts by itself."""
+        live = self._live
+        if live is None:
+            if self._plan.topology.world_size > 1:
+                raise Misuse(
+                    f"fabric.{caller} was called before fabric.launch(), and the plan has "
+                    f"{self._plan.topology.world_size} processes ({self._plan.summary()}); call "
+                    "fabric.launch() right after Fabric(...)"
+                )
+            live = self._join(stay=True)
+        return live.run
+
+    # -- who and where ---------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> RunPlan:
+        """What was decided, and why."""
+        return self._plan
+
+    @property
+    def strategy(self) -> Strategy:
+        """The live strategy."""
+        return self._parts.strategy
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """The live accelerator."""
+        return self._parts.accelerator
+
+    @property
+    def precision(self) -> Precision:
+        """The live precision."""
+        return self._parts.precision
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        return self._run("device").device
+
+    def _rank(self) -> RankInfo:
+        """Before ``launch``, code runs once where ranks are forked, so that it is rank 0's."""
+        if self._live is not None:
+            return self._live.run.rank
+        if self._plan.decisions and self._plan.launcher.outside:
+            return self._parts.launcher.rank(os.environ)
+        launcher = self._parts.launcher
+        if launcher.is_rank(os.environ, self._plan.launcher.name):
+            return launcher.rank(os.environ)
+        return RankInfo(world_size=self._plan.topology.world_size)
+
+    @property
+    def global_rank(self) -> int:
+        """Rank of this process among all that run the script."""
+        return self._rank().rank
+
+    @property
+    def local_rank(self) -> int:
+        """Rank of this process among those of its node."""
+        return self._rank().local_rank
+
+    @property
+    def node_rank(self) -> int:
+        """Rank of this process's node."""
+        return self._rank().node_rank
+
+    @property
+    def world_size(self) -> int:
+        """Processes that run the script."""
+        return self._rank().world_size
+
+    @property
+    def num_replicas(self) -> int:
+        """Data-parallel replicas: the number by which to scale a learning rate."""
+        return self._run("num_replicas").strategy.shard.replicas
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this is rank 0."""
+        return self.global_rank == 0
+
+    @property
+    def callbacks(self) -> list[Any]:
+        """The callbacks given."""
+        return list(self._callbacks)
+
+    @property
+    def loggers(self) -> list[Any]:
+        """The loggers given."""
+        return list(self._loggers)
+
+    @property
+    def logger(self) -> Any:
+        """The first logger."""
+        if not self._loggers:
+            raise Misuse("fabric.logger was read, but Fabric(loggers=...) was given none")
+        return self._loggers[0]
+
+    # -- setup -----------------------------------------------------------------------------------
+
+    def setup(
+        self,
+        module: nn.Module,
+        *optimizers: Optimizer,
+        scheduler: Any = None,
+        move_to_device: bool = True,
+    ) -> Any:
+        """Make a model, its optimizers and a scheduler ready for the strategy.
+
+        Returns what was given, ready, in the same order: the model alone, or a tuple.
+
+        Raises:
+            Misuse: when one of them was set up before, or ``launch()`` is missing.
+            InvalidRequest: when something else was given.
+        """
+        run = self._run("setup()")
+        self._check_module(module)
+        for optimizer in optimizers:
+            self._check_optimizer(optimizer)
+            _check_owner(module, optimizer)
+        prepared_module, prepared = self._prepare(
+            run, module, optimizers, scheduler, move_to_device
+        )
+        wrapped = [
+            wrap_optimizer(optimizer, run.strategy, [prepared_module.prepared])
+            for optimizer in prepared.optimizers
+        ]
+        if not wrapped and scheduler is None:
+            return prepared_module
+        scheduled = [] if scheduler is None else [prepared.scheduler]
+        return (prepared_module, *wrapped, *scheduled)
+
+    def setup_module(self, module: nn.Module, move_to_device: bool = True) -> Any:
+        """Make a model ready alone; its optimizers follow with ``setup_optimizers``.
+
+        Raises ``Misuse`` where the strategy needs both together.
+        """
+        run = self._run("setup_module()")
+        self._check_apart(run)
+        self._check_module(module)
+        return self._prepare(run, module, (), None, move_to_device)[0]
+
+    def setup_optimizers(self, *optimizers: Optimizer) -> Any:
+        """Make optimizers ready whose models were set up before; one alone, or a tuple."""
+        run = self._run("setup_optimizers()")
+        self._check_apart(run)
+        if not optimizers:
+            raise InvalidRequest("fabric.setup_optimizers() was called without an optimizer")
+        wrapped = []
+        for optimizer in optimizers:
+            self._check_optimizer(optimizer)
+            ready = run.strategy.setup_optimizer(optimizer)
+            self._originals.add(optimizer)
+            wrapped.append(wrap_optimizer(ready, run.strategy, self._owners(ready)))
+        return wrapped[0] if len(wrapped) == 1 else tuple(wrapped)
+
+    def _prepare(
+        self,
+        run: Run,
+        module: nn.Module,
+        optimizers: tuple[Optimizer, ...],
+        scheduler: Any,
+        move_to_device: bool,
+    ) -> tuple[FabricModule, Any]:
+        converted = run.precision.convert_module(module)
+        if move_to_device:
+            converted = converted.to(run.device)
+        prepared = run.strategy.setup(converted, optimizers, scheduler)
+        wrapped = FabricModule(
+            run.strategy.original(prepared.module),
+            prepared.module,
+            run.strategy,
+            run.precision,
+            self._backward_open,
+        )
+        self._modules.add(wrapped)
+        self._originals.update((module, *optimizers))
+        return wrapped, prepared
+
+    def _owners(self, optimizer: Optimizer) -> list[nn.Module]:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return [m.prepared for m in self._modules if any(id(p) in held for p in m.parameters())]
+
+    def _check_apart(self, run: Run) -> None:
+        reason = run.strategy.cannot.get("setup_apart")
+        if reason:
+            raise Misuse(
+                f"strategy '{self._plan.strategy.name}' cannot set up a model and its optimizer "
+                f"apart: {reason}; use fabric.setup(model, optimizer)"
+            )
+
+    def _check_module(self, module: Any) -> None:
+        if not isinstance(module, nn.Module):
+            raise InvalidRequest(
+                f"fabric.setup() was given a {type(module).__name__} where the model belongs; "
+                "write fabric.setup(model, optimizer)"
+            )
+        if isinstance(module, FabricModule) or module in self._originals:
+            raise Misuse(
+                f"this {_name(module)} was already set up; use what fabric.setup() returned, "
+                "and set every model up once"
+            )
+
+    def _check_optimizer(self, optimizer: Any) -> None:
+        if isinstance(optimizer, FabricOptimizer) or optimizer in self._originals:
+            raise Misuse(
+                f"this {_name(optimizer)} was already set up; use what fabric.setup() returned, "
+                "and set every optimizer up once"
+            )
+        if not isinstance(optimizer, Optimizer):
+            raise InvalidRequest(
+                f"fabric.setup() was given a {type(optimizer).__name__} where an optimizer "
+                "belongs; a scheduler is passed as scheduler="
+            )
+
+    def setup_dataloaders(
+        self, *loaders: Any, use_distributed_sampler: bool = True, move_to_device: bool = True
+    ) -> Any:
+        """Make loaders ready: each replica gets its part, batches come on the device.
+
+        Returns one loader, or a list in the order given. ``use_distributed_sampler=False`` leaves
+        the sampling to you; ``move_to_device=False`` leaves batches where they are made.
+        """
+        from torchweft.wrappers.dataloader import wrap_loader
+
+        run = self._run("setup_dataloaders()")
+        if not loaders:
+            raise InvalidRequest("fabric.setup_dataloaders() was called without a loader")
+        strategy = run.strategy
+        # What a strategy leaves as it is in the base class costs nothing per batch.
+        has_boundary = type(strategy).batch_boundary is not Strategy.batch_boundary
+        wrapped = [
+            wrap_loader(
+                loader,
+                shard=strategy.shard,
+                move=strategy.move if move_to_device else None,
+                boundary=strategy.batch_boundary if has_boundary else None,
+                use_distributed_sampler=use_distributed_sampler,
+            )
+            for loader in loaders
+        ]
+        return wrapped[0] if len(wrapped) == 1 else wrapped
+
+    # -- the step --------------------------------------------------------------------------------
+
+    def backward(
+        self, tensor: Tensor, *args: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        """In place of ``tensor.backward()``; ``args`` are its own.
+
+        ``model``: which set-up model the loss came from, for strategies that must know.
+        """
+        live = self._live
+        run = live.run if live is not None else self._run("backward()")
+        opened = self._backward_open
+        opened[0] = True
+        try:
+            run.strategy.backward(
+                tensor, None if model is None else model.prepared, *args, **kwargs
+            )
+        finally:
+            opened[0] = False
+
+    def clip_gradients(
+        self,
+        module: Any,
+        optimizer: Any,
+        clip_val: float | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool | None = None,
+    ) -> Tensor | None:
+        """Clip gradients by value (``clip_val``) or by their global norm (``max_norm``).
+
+        Call between ``backward`` and ``step``. Returns the norm before clipping, a scalar tensor
+        on the device, or None when clipping by value. ``error_if_nonfinite`` None: an error where
+        looking at the norm costs no transfer from a device.
+        """
+        run = self._run("clip_gradients()")
+        if (clip_val is None) == (max_norm is None):
+            raise InvalidRequest(
+                f"fabric.clip_gradients(clip_val={clip_val}, max_norm={max_norm}): give one of "
+                "the two, clip_val to clip by value or max_norm to clip by the global norm"
+            )
+        inside = self._set_up(optimizer, FabricOptimizer, "clip_gradients()").optimizer
+        prepared = self._set_up(module, FabricModule, "clip_gradients()").prepared
+        if error_if_nonfinite is None:
+            error_if_nonfinite = run.accelerator.host_memory
+        run.precision.unscale(inside)
+        return run.strategy.clip(
+            prepared,
+            inside,
+            clip_val=clip_val,
+            max_norm=max_norm,
+            norm_type=norm_type,
+            error_if_nonfinite=error_if_nonfinite,
+        )
+
+    def no_backward_sync(
+        self, module: Any, enabled: bool = True
+    ) -> AbstractContextManager[Any]:
+        """Around forward and backward of all micro-batches of a step but the last."""
+        run = self._run("no_backward_sync()")
+        prepared = self._set_up(module, FabricModule, "no_backward_sync()").prepared
+        return run.strategy.accumulating(prepared, last=not enabled)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision's context, for computation outside of a model's ``forward``."""
+        return self._run("autocast()").precision.forward_context()
+
+    def init_module(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
+        """Around a model's construction: right device and dtype from the start."""
+        return self._run("init_module()").strategy.init_context(empty_init)
+
+    def init_tensor(self) -> AbstractContextManager[Any]:
+        """Around the creation of tensors: right device and dtype from the start."""
+        return self._run("init_tensor()").strategy.init_context(None)
+
+    def to_device(self, value: Any) -> Any:
+        """A model, tensor, nested collection or anything with ``.to`` on the device."""
+        run = self._run("to_device()")
+        return value.to(run.device) if isinstance(value, nn.Module) else run.strategy.move(value)
+
+    def _set_up(self, value: Any, kind: type, caller: str) -> Any:
+        if not isinstance(value, kind):
+            raise Misuse(
+                f"fabric.{caller} was given a {type(value).__name__} that was not set up; pass "
+                "what fabric.setup() returned"
+            )
+        return value
+
+    # -- between processes -----------------------------------------------------------------------
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """``print`` on the first process of each node."""
+        if self.local_rank == 0:
+            print(*args, **kwargs)
+
+    def barrier(self, name: str | None = None) -> None:
+        """Return when every process has called it. ``name`` is for the reader."""
+        self._run("barrier()").collectives.barrier()
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """The ``obj`` of rank ``src``: a tensor or any object that can be pickled."""
+        return self._run("broadcast()").collectives.broadcast(obj, src)
+
+    def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
+        """Tensors, numbers or arrays of all processes, also in nested collections.
+
+        Each becomes a tensor of shape ``(processes, *shape)``.
+        """
+        run = self._run("all_gather()")
+        return gather_data(run, data, group, sync_grads)
+
+    def all_reduce(self, data: Any, group: Any = None, reduce_op: str = "mean") -> Any:
+        """Tensors, numbers or arrays of all processes reduced, also in nested collections.
+
+        ``reduce_op``: ``"mean"`` (also ``"avg"``), ``"sum"``, ``"min"``, ``"max"``, ``"product"``.
+        """
+        run = self._run("all_reduce()")
+        return reduce_data(run, data, group, reduce_op)
+
+    @contextmanager
+    def rank_zero_first(self, local: bool = False) -> Iterator[None]:
+        """Rank 0 runs the block before the others; ``local``: the first rank of each node."""
+        run = self._run("rank_zero_first()")
+        first = (run.rank.local_rank if local else run.rank.rank) == 0
+        if not first:
+            run.collectives.barrier()
+        yield
+        # Not in a finally: an exception ends this rank, and the others are not to go on.
+        if first:
+            run.collectives.barrier()
+
+    def seed_everything(self, seed: int | None = None, workers: bool = True) -> int:
+        """Seed Python's, NumPy's and torch's generators; see ``torchweft.seed_everything``.
+
+        Workers of set-up loaders always get streams of their own; ``workers`` is accepted so
+        that scripts written for Lightning Fabric run.
+        """
+        return seed_everything(seed)
+
+    # -- checkpoints -----------------------------------------------------------------------------
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        state: Mapping[str, Any],
+        filter: Mapping[str, Callable[[str, Any], bool]] | None = None,
+    ) -> None:
+        """Write models, optimizers and values to one file; call it in every rank.
+
+        ``state``: by name. ``filter``: by name, ``(key, value) -> bool``, what to keep of that
+        part. The file appears whole or not at all, and ``torch.load`` reads it.
+
+        Raises ``CheckpointError``, with the previous file intact.
+        """
+        from torchweft.checkpoint import save
+
+        if isinstance(path, Mapping):
+            raise InvalidRequest(
+                "fabric.save(state, path) is the order of an older API; write "
+                "fabric.save(path, state)"
+            )
+        save(self._run("save()"), Path(path), state, filter)
+
+    def load(
+        self,
+        path: str | os.PathLike[str],
+        state: Any = None,
+        strict: bool = True,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Fill models, optimizers and anything with ``load_state_dict`` in place.
+
+        Returns what the file holds beyond ``state``; everything, when ``state`` is None. No code
+        from the file is run unless ``weights_only=False``.
+
+        Raises ``CheckpointError``.
+        """
+        from torchweft.checkpoint import load
+
+        return load(self._run("load()"), Path(path), state, strict, weights_only)
+
+    def load_raw(
+        self,
+        path: str | os.PathLike[str],
+        obj: Any,
+        strict: bool = True,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Fill one model or optimizer from a file that holds nothing but its state."""
+        from torchweft.checkpoint import load_raw
+
+        load_raw(self._run("load_raw()"), Path(path), obj, strict, weights_only)
+
+    # -- callbacks and loggers -------------------------------------------------------------------
+
+    def call(self, hook_name: str, *args: Any, **kwargs: Any) -> None:
+        """Call the method of that name on every callback that has one, in order."""
+        for callback in self._callbacks:
+            method = getattr(callback, hook_name, None)
+            if method is None:
+                continue
+            if not callable(method):
+                raise InvalidRequest(
+                    f"fabric.call('{hook_name}'): attribute '{hook_name}' of "
+                    f"{type(callback).__name__} is a {type(method).__name__}, not a method"
+                )
+            method(*args, **kwargs)
+
+    def log(self, name: str, value: Any, step: int | None = None) -> None:
+        """Give one number to every logger, on rank 0."""
+        self.log_dict({name: value}, step)
+
+    def log_dict(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Give numbers by name to every logger, on rank 0."""
+        if not self.is_global_zero:
+            return
+        plain = {k: v.item() if isinstance(v, Tensor) else v for k, v in metrics.items()}
+        for logger in self._loggers:
+            logger.log_metrics(metrics=plain, step=step)
+
+
+def _in_rank(
+    fabric: Fabric,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """What ``launch(function)`` runs in every rank."""
+    if os.getpid() == fabric._made_in:
+        # No process was made: this one goes on afterwards, and leaves the run when it ends.
+        if fabric._live is None:
+            fabric._join(stay=True)
+        return function(fabric, *args, **kwargs)
+    live = fabric._join(stay=False)
+    try:
+        result = function(fabric, *args, **kwargs)
+    except BaseException as error:
+        sys.last_value = error
+        live.leave(failed=True)
+        raise
+    live.leave(failed=False)
+    return result
+
+
+def _check_takes_fabric(function: Callable[..., Any]) -> None:
+    import inspect
+
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # a callable of C has no signature to look at
+        return
+    if not parameters:
+        raise InvalidRequest(
+            f"fabric.launch({_name(function)}) calls the function with the Fabric as its first "
+            "argument, and it takes none; write def "
+            f"{getattr(function, '__name__', 'train')}(fabric): …"
+        )
+
+
+def _check_owner(module: nn.Module, optimizer: Optimizer) -> None:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if held and not any(id(parameter) in held for parameter in module.parameters()):
+        raise InvalidRequest(
+            f"{_name(optimizer)} holds no parameter of {_name(module)}; make the optimizer from "
+            "the parameters of the model that it is set up with"
+        )
+
+
+def _name(value: Any) -> str:
+    return str(getattr(value, "__name__", None) or type(value).__name__)
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+

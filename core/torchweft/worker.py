@@ -1,0 +1,106 @@
+"""What happens in every process: rank, device, process group, contexts, then user code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from torchweft import process
+from torchweft.api import Accelerator, Launcher, Place, Precision, Run, Strategy
+from torchweft.errors import BrokenPlugin
+from torchweft.manager import Manager
+from torchweft.plan import RunPlan
+from torchweft.specs import load_target
+
+__all__ = ["Live", "Parts", "join", "stay"]
+
+
+@dataclass(slots=True, kw_only=True)
+class Parts:
+    """The four objects that a plan names, constructed but not started."""
+
+    accelerator: Accelerator
+    strategy: Strategy
+    precision: Precision
+    launcher: Launcher
+
+    @classmethod
+    def build(cls, plan: RunPlan, given: Mapping[str, Any]) -> Parts:
+        """Construct what the plan names, with its options; ``given`` objects are taken as is."""
+        made: dict[str, Any] = {}
+        for decision in plan.decisions:
+            kind = decision.kind
+            if kind in given:
+                made[kind] = given[kind]
+                continue
+            factory = load_target(decision.spec.target, decision.provider)
+            try:
+                made[kind] = factory(**plan.options.get(kind, {}))
+            except TypeError as error:
+                raise BrokenPlugin(
+                    f"{kind} '{decision.spec.name}' ({decision.provider}) cannot be constructed: "
+                    f"{error}"
+                ) from error
+        return cls(**made)
+
+
+@dataclass(slots=True, kw_only=True)
+class Live:
+    """A run that this process has joined, and how it leaves it."""
+
+    run: Run
+    contexts: ExitStack = field(default_factory=ExitStack)
+    left: bool = False
+
+    def leave(self, failed: bool) -> None:
+        """Leave the plugins' contexts in reverse order, then the process group. Once."""
+        if self.left:
+            return
+        self.left = True
+        error = getattr(sys, "last_value", None) if failed else None
+        kind = type(error) if error is not None else None
+        trace = error.__traceback__ if error is not None else None
+        try:
+            self.contexts.__exit__(kind, error, trace)
+        finally:
+            self.run.strategy.stop(failed)
+
+
+def join(plan: RunPlan, parts: Parts, manager: Manager, environ: Mapping[str, str]) -> Live:
+    """Become a rank of the run: everything that user code relies on exists afterwards."""
+    rank = parts.launcher.rank(environ)
+    rendezvous = parts.launcher.rendezvous(rank, environ)
+    device = parts.accelerator.bind(rank, plan.topology.devices)
+    parts.precision.start(device)
+    parts.strategy.start(
+        Place(
+            plan=plan,
+            rank=rank,
+            rendezvous=rendezvous,
+            accelerator=parts.accelerator,
+            device=device,
+            precision=parts.precision,
+        )
+    )
+    live = Live(
+        run=Run(
+            plan=plan,
+            rank=rank,
+            accelerator=parts.accelerator,
+            device=device,
+            strategy=parts.strategy,
+            precision=parts.precision,
+            collectives=parts.strategy.collectives,
+        )
+    )
+    for context in manager.worker_contexts(live.run):
+        live.contexts.enter_context(context)
+    return live
+
+
+def stay(live: Live, *, owned: bool) -> None:
+    """Leave the run when this interpreter's script has ended."""
+    process.own_the_end(live.leave, owned=owned)

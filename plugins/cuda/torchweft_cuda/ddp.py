@@ -1,0 +1,162 @@
+"""DistributedDataParallel: a copy of the model per process, gradients averaged."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from torchweft.api import (
+    Collectives,
+    DataShard,
+    Place,
+    Prepared,
+    ProcessGroup,
+    Strategy,
+    join_group,
+    leave_group,
+)
+from torchweft.errors import IncompatiblePlan
+
+__all__ = ["DDPStrategy"]
+
+
+class DDPStrategy(Strategy):
+    """A copy of the model in every process; gradients are averaged during ``backward``.
+
+    PyTorch Distributed: Li et al., 2020 (arXiv:2006.15704). Works between GPUs (nccl) and between
+    CPU processes (gloo). Keywords that are not listed are those of
+    ``torch.nn.parallel.DistributedDataParallel``, with torch's defaults unless said otherwise.
+
+    Args:
+        gradient_as_bucket_view: gradients share memory with the buckets that are sent; on by
+            default, it saves a copy and the memory of all gradients.
+        process_group_backend: name of the ``torch.distributed`` backend; None: the accelerator's.
+        timeout: seconds that a collective may take before the run is given up.
+        ddp_comm_state: state for ``ddp_comm_hook``.
+        ddp_comm_hook: a gradient compression hook, as ``register_comm_hook`` takes it.
+    """
+
+    name = "ddp"
+    devices = ("cuda", "cpu")
+
+    def __init__(
+        self,
+        *,
+        device_ids: list[int] | None = None,
+        output_device: int | None = None,
+        dim: int = 0,
+        broadcast_buffers: bool | None = None,
+        init_sync: bool = True,
+        process_group: Any = None,
+        bucket_cap_mb: float | None = None,
+        find_unused_parameters: bool = False,
+        check_reduction: bool = False,
+        gradient_as_bucket_view: bool = True,
+        static_graph: bool = False,
+        delay_all_reduce_named_params: Any = None,
+        param_to_hook_all_reduce: Any = None,
+        mixed_precision: Any = None,
+        device_mesh: Any = None,
+        skip_all_reduce_unused_params: bool = False,
+        bucket_cap_mb_list: list[int] | None = None,
+        batched_grad_copy: bool = False,
+        forward_sync_buffers: bool | None = None,
+        process_group_backend: str | None = None,
+        timeout: float = 1800.0,
+        ddp_comm_state: Any = None,
+        ddp_comm_hook: Callable[..., Any] | None = None,
+    ) -> None:
+        given = {name: value for name, value in locals().items() if name in _PARAMETERS}
+        # What has torch's own default is not passed, so that an older torch without that keyword
+        # works until somebody asks for it.
+        self._keywords = {
+            name: value for name, value in given.items() if value != _PARAMETERS[name]
+        }
+        self._keywords["gradient_as_bucket_view"] = gradient_as_bucket_view
+        self._check_keywords()
+        self._backend = process_group_backend
+        self._timeout = timeout
+        self._comm_hook = (ddp_comm_state, ddp_comm_hook)
+
+    def _check_keywords(self) -> None:
+        known = inspect.signature(DistributedDataParallel).parameters
+        for name in self._keywords:
+            if name not in known:
+                raise IncompatiblePlan(
+                    f"strategy 'ddp' was given {name}=, which DistributedDataParallel of torch "
+                    f"{torch.__version__} does not have; leave it out, or use another torch"
+                )
+
+    # -- life ------------------------------------------------------------------------------------
+
+    def start(self, place: Place) -> None:
+        """Join the process group."""
+        super().start(place)
+        self._group = join_group(
+            place,
+            backend=self._backend or place.accelerator.backend,
+            timeout=timedelta(seconds=self._timeout),
+        )
+        self._collectives = ProcessGroup(place.device)
+
+    def stop(self, failed: bool) -> None:
+        """Leave the process group."""
+        leave_group(self._group, failed=failed)
+
+    @property
+    def collectives(self) -> Collectives:
+        """Over the default process group."""
+        return self._collectives
+
+    @property
+    def shard(self) -> DataShard:
+        """One replica per process."""
+        rank = self.place.rank
+        return DataShard(replicas=rank.world_size, first=rank.rank)
+
+    # -- setup -----------------------------------------------------------------------------------
+
+    def setup(
+        self, module: nn.Module, optimizers: Sequence[Optimizer], scheduler: Any
+    ) -> Prepared:
+        """Wrap the module; a module without parameters that train stays as it is."""
+        if any(parameter.requires_grad for parameter in module.parameters()):
+            device = self.place.device
+            # Modules on the host take no device ids.
+            here = {"device_ids": [device.index]} if device.index is not None else {}
+            wrapped = DistributedDataParallel(module, **{**here, **self._keywords})
+            state, hook = self._comm_hook
+            if hook is not None:
+                wrapped.register_comm_hook(state, hook)
+            module = wrapped
+        return Prepared(module=module, optimizers=list(optimizers), scheduler=scheduler)
+
+    def original(self, module: nn.Module) -> nn.Module:
+        """The user's module inside."""
+        return module.module if isinstance(module, DistributedDataParallel) else module
+
+    # -- the step --------------------------------------------------------------------------------
+
+    def accumulating(self, module: nn.Module, last: bool) -> AbstractContextManager[Any]:
+        """``no_sync`` for every micro-batch but the last of a step."""
+        if last or not isinstance(module, DistributedDataParallel):
+            return nullcontext()
+        context: AbstractContextManager[Any] = module.no_sync()
+        return context
+
+
+_PARAMETERS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(DDPStrategy).parameters.items()
+    if name
+    not in ("process_group_backend", "timeout", "ddp_comm_state", "ddp_comm_hook")
+}
