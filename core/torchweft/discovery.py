@@ -11,13 +11,13 @@ import re
 import traceback
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torchweft.errors import BrokenPlugin
 from torchweft.hookspecs import NAME
 
 if TYPE_CHECKING:
-    from importlib_metadata import Distribution, EntryPoint
+    from importlib_metadata import EntryPoint
 
 __all__ = ["Found", "canonical", "discover"]
 
@@ -83,7 +83,7 @@ def discover(group: str = NAME, blocked: frozenset[str] = frozenset()) -> list[F
     return [found[key] for key in sorted(found, key=lambda key: (key[1], key[0]))]
 
 
-def _mentions(distribution: Distribution, group: str) -> bool:
+def _mentions(distribution: Any, group: str) -> bool:
     # A file of entry points that nobody can read may be anybody's; most are no concern of ours.
     try:
         return f"[{group}]" in (distribution.read_text("entry_points.txt") or "")
@@ -91,7 +91,7 @@ def _mentions(distribution: Distribution, group: str) -> bool:
         return False
 
 
-def _owner(distribution: Distribution) -> tuple[str, str]:
+def _owner(distribution: Any) -> tuple[str, str]:
     # A half-removed distribution has entry points left and no metadata, or no name in it.
     try:
         metadata = distribution.metadata

@@ -3,6 +3,9 @@
 A message names what was asked, what was found, who provides it and what to do about it.
 """
 
+# The names say what is the matter; "Error" behind each would say it twice.
+# ruff: noqa: N818
+
 from __future__ import annotations
 
 import difflib

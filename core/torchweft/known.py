@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["KNOWN"]
+__all__ = ["COMMON", "KNOWN"]
 
-#: (kind, name) -> the distribution that ``pip install`` takes. Of the names of one kind the
-#: common one comes first: it is the one that is suggested where nothing was asked for by name.
+#: By kind, the name to suggest where nothing that is installed will do.
+COMMON: Mapping[str, str] = {"accelerator": "cuda", "strategy": "ddp"}
+
+#: (kind, name) -> the distribution that ``pip install`` takes.
 KNOWN: Mapping[tuple[str, str], str] = {
     **{("accelerator", name): "torchweft-cuda" for name in ("cuda", "gpu")},
     **{("accelerator", name): "torchweft-xla" for name in ("xla", "tpu")},

@@ -123,7 +123,8 @@ class Manager:
 
     def add(self, found: Found) -> Declared:
         """Register one plugin and collect its specs. A failure is recorded, not raised."""
-        error, trace, specs = found.error, found.trace, ()
+        specs: tuple[Spec, ...] = ()
+        error, trace = found.error, found.trace
         disabled = found.disabled or self._pluggy.is_blocked(found.name)
         if found.module is not None and not disabled:
             error, trace, specs = self._collect(found.module, found)
@@ -159,7 +160,7 @@ class Manager:
 
         Raises ``BrokenPlugin`` when a plugin fails instead of answering.
         """
-        sentences = []
+        sentences: list[str] = []
         for found, answer in self._ask("torchweft_check_plan", plan=plan):
             # A lone string is a natural slip for one objection; its letters are not objections.
             said = [answer] if isinstance(answer, str) else list(answer)

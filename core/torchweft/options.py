@@ -21,14 +21,13 @@ def check_options(kind: str, name: str, cls: Any, options: Mapping[str, Any]) ->
     Raises ``UnknownOption`` with the nearest known option, or ``InvalidRequest`` for a value of
     another type than a plainly annotated parameter takes, and for a required option left out.
     """
-    signature = inspect.signature(cls).parameters.values()
+    signature = _signature(cls)
     parameters = {
         parameter.name: parameter
         for parameter in signature
         if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     }
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature)
-    hints = _hints(cls)
     for key, value in options.items():
         if key not in parameters and not takes_any:
             known = ", ".join(sorted(parameters)) or "none"
@@ -36,10 +35,9 @@ def check_options(kind: str, name: str, cls: Any, options: Mapping[str, Any]) ->
             raise UnknownOption(
                 f"{kind} '{name}' has no option '{key}'{near} options of {cls.__name__}: {known}"
             )
-        if key in hints and not fits(value, hints[key]):
-            raise InvalidRequest(
-                f"{kind} '{name}' takes {key} as {spell_type(hints[key])}, not {value!r}"
-            )
+        if key in parameters and not fits(value, parameters[key].annotation):
+            hint = spell_type(parameters[key].annotation)
+            raise InvalidRequest(f"{kind} '{name}' takes {key} as {hint}, not {value!r}")
     for parameter in parameters.values():
         if parameter.default is parameter.empty and parameter.name not in options:
             raise InvalidRequest(
@@ -48,11 +46,13 @@ def check_options(kind: str, name: str, cls: Any, options: Mapping[str, Any]) ->
             )
 
 
-def _hints(cls: Any) -> dict[str, Any]:
+def _signature(cls: Any) -> list[inspect.Parameter]:
     try:
-        return typing.get_type_hints(cls.__init__ if isinstance(cls, type) else cls)
-    except Exception:  # an annotation that only a type checker can resolve decides nothing here
-        return {}
+        signature = inspect.signature(cls, eval_str=True)
+    except NameError:
+        # An annotation that only a type checker can resolve decides nothing here.
+        signature = inspect.signature(cls)
+    return list(signature.parameters.values())
 
 
 def fits(value: Any, hint: Any) -> bool:

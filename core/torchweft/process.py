@@ -11,6 +11,7 @@ import builtins
 import contextlib
 import ctypes
 import json
+import multiprocessing
 import multiprocessing.process
 import multiprocessing.util
 import os
@@ -22,13 +23,14 @@ import traceback
 from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torchweft.handoff import VARIABLE, Handoff
 from torchweft.rank import RankInfo
 
 __all__ = [
     "ERROR_FILE",
+    "as_main_process",
     "become_rank",
     "claim",
     "close_stdin",
@@ -42,6 +44,7 @@ __all__ = [
     "record_failure",
     "run_script",
     "share_threads",
+    "wind_down",
 ]
 
 #: The variable by which torch's agent tells a worker where to write its error; used by all of
@@ -164,6 +167,7 @@ def record_failure(error: BaseException) -> None:
                 "py_callstack": text,
                 "timestamp": str(now // 10**9),
                 "time_ns": now,
+                "rank": int(os.environ.get("RANK", "0")),
                 "lost_peer": any(words in message for words in _LOST_PEER),
             },
         }
@@ -200,12 +204,14 @@ def failed() -> bool:
 # -- the end -----------------------------------------------------------------------------------
 
 
-def end(status: int) -> NoReturn:
-    """End this rank: join threads, run atexit, flush, and go without tearing anything down.
+def wind_down() -> None:
+    """Join threads, run atexit and flush, as the interpreter does before its teardown.
 
-    The destructors of DistributedDataParallel and of gloo's group deadlock when a namespace is
-    torn down, so it is not: the process is gone at once.
+    An interrupt from the keyboard may arrive twice, from the terminal and from the supervisor;
+    what follows is short, and cut off by the supervisor where it is not.
     """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()
@@ -213,6 +219,15 @@ def end(status: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
+
+
+def end(status: int) -> NoReturn:
+    """End this rank: join threads, run atexit, flush, and go without tearing anything down.
+
+    The destructors of DistributedDataParallel and of gloo's group deadlock when a namespace is
+    torn down, so it is not: the process is gone at once.
+    """
+    wind_down()
     os._exit(status)
 
 
@@ -279,22 +294,35 @@ def _skip_teardown_of_libraries() -> None:
 # -- running a script --------------------------------------------------------------------------
 
 
-def run_script(path: str, arguments: list[str]) -> NoReturn:
-    """Run a script as ``python path arguments…`` would, record how it ends, and end with it."""
+def as_main_process() -> None:
+    """Make a process that ``multiprocessing`` started look as if it had been started by hand."""
+    multiprocessing.set_start_method(None, force=True)
+    current: Any = multiprocessing.current_process()
+    current._identity = ()
+    current._name = "MainProcess"
+    multiprocessing.process._parent_process = None  # type: ignore[attr-defined]
+
+
+def run_script(path: str, arguments: list[str]) -> int:
+    """Run a script as ``python path arguments…`` would; returns the status it ends with.
+
+    An exception is recorded for the supervisor. The script's namespace is kept.
+    """
     main = ModuleType("__main__")
     main.__dict__.update(__file__=os.path.abspath(path), __builtins__=builtins)
     sys.modules["__main__"] = main
     sys.argv = [path, *arguments]
+    sys.orig_argv = [sys.executable, path, *arguments]
     sys.path[0] = str(Path(path).resolve().parent)
     status = 0
     try:
         source = Path(path).read_bytes()
-        exec(compile(source, path, "exec"), main.__dict__)
+        exec(compile(source, os.path.abspath(path), "exec"), main.__dict__)
     except BaseException as error:
         status = exit_status(error)
         if not isinstance(error, SystemExit | KeyboardInterrupt):
             record_failure(error)
-        elif isinstance(error, KeyboardInterrupt):
-            sys.last_value = error
-    end(status)
-
+        elif status != 0:
+            sys.last_value = error  # the group is left without waiting for the others
+    wind_down()
+    return status

@@ -6,9 +6,10 @@ import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any, Literal, TypeGuard
 
-from torchweft.catalog import Catalog
+from torchweft.catalog import Catalog, Entry
 from torchweft.errors import InvalidRequest
 from torchweft.handoff import VARIABLE, Handoff
 from torchweft.specs import KINDS
@@ -126,15 +127,14 @@ class RunRequest:
         """Whether whoever gets what this request says about ``name`` also gets the other's."""
         mine, theirs = getattr(self, name), getattr(other, name)
         my_options, their_options = self.options.get(name, {}), other.options.get(name, {})
-        if mine == theirs or catalog is None or name not in KINDS:
-            return bool(mine == theirs and my_options == their_options)
-        mine, theirs = _meaning(name, mine, my_options, catalog), _meaning(
-            name, theirs, their_options, catalog
-        )
+        if mine == theirs and my_options == their_options:
+            return True
+        if catalog is None or name not in KINDS:
+            return False
+        entries, *rest = _meaning(name, mine, my_options, catalog)
+        their_entries, *their_rest = _meaning(name, theirs, their_options, catalog)
         # "cuda" says more than "gpu", which may be another accelerator's alias as well.
-        return bool(
-            mine[1:] == theirs[1:] and mine[0] and all(entry in theirs[0] for entry in mine[0])
-        )
+        return bool(entries) and set(entries) <= set(their_entries) and rest == their_rest
 
     def _said(self, name: str) -> str:
         if name in self.sources:
@@ -159,7 +159,7 @@ def _with(mapping: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
 
 def _meaning(
     kind: str, name: str, options: Mapping[str, Any], catalog: Catalog
-) -> tuple[Any, Mapping[str, Any], str | None]:
+) -> tuple[tuple[Entry, ...], Mapping[str, Any], str | None]:
     """What a name stands for: entries, options, and a launcher where a preset names one."""
     entries = catalog.named(kind, name)
     presets = [preset for entry in entries if (preset := entry.spec.preset(name)) is not None]
@@ -239,8 +239,10 @@ def parse_devices(value: Any) -> Devices:
     Raises ``InvalidRequest``.
     """
     read = _read_device_text(value) if isinstance(value, str) else value
-    if read is None or read == "all":
-        return read
+    if read is None:
+        return None
+    if isinstance(read, str) and read == "all":
+        return "all"
     if _is_int(read):
         return _device_count(value, operator.index(read))
     if isinstance(read, Sequence) and not isinstance(read, str | bytes | bytearray):
@@ -329,4 +331,4 @@ def _read_nodes_text(text: str) -> Any:
 
 def _is_int(value: Any) -> TypeGuard[int]:
     """Whether a value counts something: an int of any library, but no bool."""
-    return hasattr(value, "__index__") and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -144,6 +144,7 @@ def _map_mapping(data: Mapping[Any, Any], visit: Callable[[Any], Any]) -> Any:
         return data
     kind: Any = type(data)
     # A copy keeps what the constructor would ask for: a default factory, encodings, options.
+    held: Any
     if isinstance(data, dict) or hasattr(kind, "__copy__"):
         held = copy.copy(data)
     elif isinstance(data, MutableMapping) and hasattr(kind, "copy"):

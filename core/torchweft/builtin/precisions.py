@@ -44,9 +44,10 @@ class _True(Precision):
 
 
 class Double(_True):
-    """64-bit throughout."""
+    """64-bit throughout, outputs and so the loss too: narrowing them would undo it."""
 
     dtype = torch.float64
+    convert_output = Precision.convert_output
 
 
 class BFloat16(_True):

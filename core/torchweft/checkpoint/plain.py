@@ -10,6 +10,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import PurePath
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -26,16 +27,19 @@ _KNOWN = frozenset({str, int, float, bool, complex, bytes, type(None), torch.dty
 
 _INSTEAD: tuple[tuple[type, str], ...] = (
     (np.ndarray, "torch.from_numpy(value)"),
-    (np.generic, "value.item()"),
     (nn.Module, "value.state_dict()"),
     (Namespace, "vars(value)"),
     (Enum, "value.value"),
     (PurePath, "str(value)"),
     (int, "str(value)"),
+    (bytes, "bytearray(value)"),
     (frozenset, "set(value)"),
     (defaultdict, "dict(value)"),
     (deque, "list(value)"),
     (range, "list(value)"),
+    (type, "its name"),
+    (FunctionType, "its name"),
+    (BuiltinFunctionType, "its name"),
 )
 
 
@@ -134,16 +138,16 @@ def _problem(value: Any) -> str:
 
 def _refusal(path: str, value: Any, problem: str) -> str:
     kind = type(value)
-    name = kind.__qualname__ if kind.__module__ == "builtins" else _full_name(kind)
-    return (
-        f"{path} is of type {name}, and {problem}; save {_instead(value)} in its place, or give "
-        "its class state_dict() and load_state_dict(), or, when the class is safe to load, call "
-        f"torch.serialization.add_safe_globals([{kind.__qualname__}]) before saving and loading"
-    )
-
-
-def _full_name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+    builtin = kind.__module__ == "builtins"
+    name = kind.__qualname__ if builtin else f"{kind.__module__}.{kind.__qualname__}"
+    ways = [f"save {_instead(value)} in its place"]
+    if not builtin and not isinstance(value, np.ndarray | np.generic | nn.Module):
+        ways.append("give its class state_dict() and load_state_dict()")
+        ways.append(
+            f"call torch.serialization.add_safe_globals([{kind.__qualname__}]) before saving and "
+            "loading, if loading it is harmless"
+        )
+    return f"{path} is of type {name}, and {problem}; {', or '.join(ways)}"
 
 
 def _instead(value: Any) -> str:
@@ -152,8 +156,8 @@ def _instead(value: Any) -> str:
             return words
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
         return "value._asdict()"
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return "dataclasses.asdict(value)"
     if isinstance(value, Mapping):
         return "dict(value)"
-    return "a dict of its values (vars(value) for most objects)"
+    return "a dict of what it is made from"

@@ -1,4 +1,4 @@
-"""The command ``torchweft``. A subcommand is imported only when it is the one that was asked for."""
+"""The command ``torchweft``. A subcommand is imported only when it was asked for."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class _Commands(click.Group):
             ctx.exit(_status(error))
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Commands)
 @click.version_option(__version__, message="%(prog)s %(version)s")
 def _torchweft() -> None:
     """Scale a plain PyTorch training loop to any device, strategy and number of processes.
@@ -112,7 +112,7 @@ def write_rows(rows: Iterable[tuple[str, str]], *, width: int) -> None:
                 break_on_hyphens=False,
             ) or [""]
         for line in lines:
-            click.echo(f"{click.style(f'{label:<{width}}', bold=True)}{line}".rstrip())
+            click.echo(f"{click.style(label, bold=True)}{' ' * (width - len(label))}{line}")
             label = ""
 
 

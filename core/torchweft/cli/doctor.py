@@ -5,9 +5,11 @@ Facts are gathered once; every check is a function of the facts, and ends in wha
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import platform
+import re
 import socket
 import sys
 import threading
@@ -22,10 +24,13 @@ import click
 from torchweft import __version__
 from torchweft.catalog import Catalog, probe
 from torchweft.cli import write_json, write_rows
+from torchweft.detection import detect
+from torchweft.discovery import canonical
 from torchweft.errors import InvalidRequest, TorchweftError
 from torchweft.handoff import VARIABLE, Handoff
 from torchweft.known import KNOWN
 from torchweft.manager import Manager
+from torchweft.missing import clashing
 from torchweft.request import RunRequest
 from torchweft.resolve import resolve
 from torchweft.specs import KINDS, load_target
@@ -51,6 +56,9 @@ _RELEVANT = (
     "GLOO_*",
     "PYTHONDONTWRITEBYTECODE",
 )
+
+#: Variables without which the plugins can be loaded when one of them cannot be used.
+_READ_BY_MANAGER = ("TORCHWEFT_DISABLE_PLUGINS", "TORCHWEFT_TRACE")
 
 #: Libraries inside torch that have a version of their own.
 _LIBRARIES = {"NCCL": "torch.cuda.nccl:version"}
@@ -199,9 +207,8 @@ def _versions(facts: Facts) -> dict[str, str]:
         "platform": platform.platform(),
         "torch": facts.torch.version,
         "torchweft": __version__,
-        **{p.distribution: p.version for p in facts.catalog.declared if p.plugin != "builtin"},
         **facts.torch.libraries,
-    }
+    } | {p.distribution: p.version for p in facts.catalog.declared if p.distribution != "torchweft"}
 
 
 def _environment(facts: Facts) -> dict[str, str]:
@@ -236,7 +243,8 @@ def _write(facts: Facts, findings: list[Finding]) -> None:
         "Versions": versions,
         "Devices": [(device.accelerator, _describe(device)) for device in facts.devices],
         "Computer": _computer_rows(facts.computer),
-        "Collectives": [(name, "yes" if there else "no") for name, there in collectives],
+        "Collectives": [(name, "yes" if there else "no") for name, there in collectives]
+        or [("", "torch.distributed is not in this torch")],
         "Environment": list(_environment(facts).items()) or [("", "nothing set that matters")],
         "Plan": [("Fabric()", facts.plan or "fails, see below")],
     }
@@ -286,20 +294,22 @@ def _size(number: int) -> str:
 def _gather(environ: Mapping[str, str]) -> Facts:
     try:
         manager = Manager.from_entry_points(environ)
-    except InvalidRequest:
-        # Reported with the plan, which fails by the same variable.
-        kept = {name: v for name, v in environ.items() if name != "TORCHWEFT_TRACE"}
+        unusable = ""
+    except InvalidRequest as error:
+        # A finding like any other, and not the end of the search.
+        unusable = str(error)
+        kept = {name: v for name, v in environ.items() if name not in _READ_BY_MANAGER}
         manager = Manager.from_entry_points(kept)
     catalog = Catalog(manager.declared)
     torch = _torch()
-    plan, plan_error = _plan(environ, manager, catalog)
+    plan, plan_error = ("", unusable) if unusable else _plan(environ, manager, catalog)
     return Facts(
         environ=environ,
         catalog=catalog,
         torch=torch,
         computer=_computer(),
         devices=tuple(_devices(catalog, torch)),
-        failing=tuple(_failing(catalog)) if torch.version else (),
+        failing=tuple(_failing(catalog, environ)) if torch.version else (),
         drivers=tuple(driver.maker for driver in _DRIVERS if Path(driver.sign).exists()),
         plan=plan,
         plan_error=plan_error,
@@ -314,10 +324,11 @@ def _torch() -> Torch:
         import torch.version as build
     except Exception as error:  # a broken installation fails in many ways
         return Torch(error=f"{type(error).__name__}: {error}")
-    collectives = {
-        name.removeprefix("is_").removesuffix("_available"): bool(getattr(distributed, name)())
-        for name in dir(distributed)
-        if name.startswith("is_") and name.endswith("_available") and "backend" not in name
+    # torch answers for each backend by a function of its own.
+    answers = {
+        match[1]: getattr(distributed, match[0])
+        for match in map(re.compile("is_(.+)_available").fullmatch, dir(distributed))
+        if match and match[1] != "backend"
     }
     built_for = {
         name: value
@@ -328,7 +339,7 @@ def _torch() -> Torch:
         version=str(torch.__version__),
         built_for=built_for,
         libraries=dict(_libraries()),
-        collectives={name: there for name, there in collectives.items() if name != "is"},
+        collectives={name: bool(answer()) for name, answer in answers.items()},
     )
 
 
@@ -345,7 +356,8 @@ def _devices(catalog: Catalog, torch: Torch) -> Iterator[Device]:
     for entry in catalog.entries("accelerator"):
         spec: Any = entry.spec
         answer = probe(entry)
-        names, error = (), ""
+        names: tuple[str, ...] = ()
+        error = ""
         if answer.ok and answer.count and torch.version:
             try:
                 names = _names(spec.device, answer.count)
@@ -373,31 +385,30 @@ def _names(device: str, count: int) -> tuple[str, ...]:
     return tuple(name(index) for index in range(count))
 
 
-def _failing(catalog: Catalog) -> Iterator[str]:
-    """Probes that raise, and targets of available specs that cannot be loaded."""
+def _failing(catalog: Catalog, environ: Mapping[str, str]) -> Iterator[str]:
+    """Probes and detections that fail, and targets of available specs that cannot be loaded."""
     for kind in KINDS:
         for entry in catalog.entries(kind):
             try:
                 if entry.spec.probe and not load_target(entry.spec.probe, entry.provider)().ok:
                     continue
-            except Exception:
+            except (Exception, SystemExit):
                 yield f"{kind} '{entry.spec.name}': {probe(entry).reason}"
                 continue
             try:
                 load_target(entry.spec.target, entry.provider)
             except TorchweftError as error:
                 yield f"{kind} '{entry.spec.name}': {error}"
+    with contextlib.suppress(TorchweftError):  # the plan says the same
+        yield from (f"launcher {r.sentence()}" for r in detect(catalog, environ, None).failed)
 
 
 def _plan(environ: Mapping[str, str], manager: Manager, catalog: Catalog) -> tuple[str, str]:
     try:
-        Manager(environ)
-        request = RunRequest().with_environment(environ)
+        request = RunRequest().with_environment(environ, catalog)
         decided = resolve(request, catalog, environ=environ, objections=manager.objections)
     except TorchweftError as error:
         return "", str(error)
-    except Exception as error:  # a plugin's own code
-        return "", f"{type(error).__name__}: {error}"
     return decided.summary(), ""
 
 
@@ -507,9 +518,10 @@ def _check_plugins(facts: Facts) -> Iterator[Finding]:
     for plugin in facts.catalog.broken:
         yield Finding(
             broken=True,
-            message=f"plugin '{plugin.plugin}' ({plugin.provider}) failed to load: {plugin.error}",
+            message=plugin.failure,
             hint=f"upgrade or uninstall {plugin.distribution}, or set "
-            f"TORCHWEFT_DISABLE_PLUGINS={plugin.plugin}",
+            f"TORCHWEFT_DISABLE_PLUGINS={plugin.plugin}; TORCHWEFT_TRACE=1 torchweft plugins "
+            "prints the traceback",
         )
     for sentence in facts.failing:
         yield Finding(
@@ -524,13 +536,8 @@ def _check_clashes(facts: Facts) -> Iterator[Finding]:
         for name in facts.catalog.names(kind):
             pair = facts.catalog.clash(kind, name)
             if pair is not None:
-                yield Finding(
-                    broken=True,
-                    message=f"{kind} '{name}' is declared by both {pair[0].provider} and "
-                    f"{pair[1].provider}, for the same devices",
-                    hint="uninstall one of them, or set TORCHWEFT_DISABLE_PLUGINS to the plugin "
-                    "that you do not want",
-                )
+                message, _, hint = str(clashing(kind, name, pair)).partition("; ")
+                yield Finding(broken=True, message=message, hint=hint)
 
 
 def _check_versions(facts: Facts) -> Iterator[Finding]:
@@ -538,7 +545,7 @@ def _check_versions(facts: Facts) -> Iterator[Finding]:
     series = __version__.split(".")[:2]
     family = {"torchweft", *KNOWN.values()}
     for name, version in sorted({(p.distribution, p.version) for p in facts.catalog.declared}):
-        if name in family and version.split(".")[:2] != series:
+        if canonical(name) in family and version.split(".")[:2] != series:
             yield Finding(
                 broken=True,
                 message=f"{name} {version} does not belong to the torchweft {__version__} that is "
@@ -567,8 +574,8 @@ def _check_drivers(facts: Facts) -> Iterator[Finding]:
             yield Finding(
                 broken=False,
                 message=f"there is a driver of {driver.maker} here, but torch "
-                f"{facts.torch.version} was built without {driver.build}, so that no device of "
-                "its can be used",
+                f"{facts.torch.version} was built without {driver.build}, so that none of "
+                "its devices can be used",
                 hint="install a build of torch for the driver, see "
                 "https://pytorch.org/get-started/locally",
             )
@@ -583,7 +590,7 @@ def _check_drivers(facts: Facts) -> Iterator[Finding]:
 
 def _check_plan(facts: Facts) -> Iterator[Finding]:
     if facts.plan_error:
-        names = ("TORCHWEFT_LAUNCHER", "TORCHWEFT_TRACE", VARIABLE)
+        names = (*_READ_BY_MANAGER, "TORCHWEFT_LAUNCHER", VARIABLE)
         guilty = [name for name in names if facts.environ.get(name)]
         yield Finding(
             broken=True,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import click
 
@@ -39,14 +39,19 @@ def plan(as_json: bool, **given: str | None) -> None:
      "topology": {"num_nodes", "processes_per_node", "devices", "world_size"},
      "options": {kind: {option: value}},
      "decisions": [{"kind", "wanted", "name", "provider", "why",
-                    "rejected": [{"name", "provider", "reason"}]}]}
+                    "rejected": [{"name", "provider", "reason", "hint"}]}],
+     "notes": [sentence]}
 
     "num_nodes" is a number, or [least, most] for an elastic run.
     """
     manager = Manager.from_entry_points(os.environ)
+    catalog = Catalog(manager.declared)
+    # An error that names what was asked for names the flag.
+    flags = {name: f"--{name.replace('_', '-')}" for name, value in given.items() if value}
+    request = replace(RunRequest.parse(**given), sources=flags)
     decided = resolve(
-        RunRequest.parse(**given).with_environment(os.environ),
-        Catalog(manager.declared),
+        request.with_environment(os.environ, catalog),
+        catalog,
         environ=os.environ,
         objections=manager.objections,
     )
@@ -81,4 +86,5 @@ def _document(decided: RunPlan) -> dict[str, object]:
             }
             for decision in decided.decisions
         ],
+        "notes": decided.notes,
     }

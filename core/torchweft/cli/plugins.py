@@ -25,6 +25,10 @@ _HEADINGS = {
     "plugin": "Plugins",
 }
 
+_CLASH_HINT = (
+    "uninstall one of them, or set TORCHWEFT_DISABLE_PLUGINS to the plugin that you do not want"
+)
+
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
@@ -35,15 +39,20 @@ def plugins(as_json: bool) -> None:
     In a pipe each entry is one line. With --json one object is printed:
 
     \b
-    {"plugins": [{"name", "distribution", "version", "error"}],
+    {"plugins": [{"name", "distribution", "version", "error", "disabled"}],
      "rows": [{"kind", "name", "aliases", "provider", "summary",
                "available", "reason", "hint", "clash"}]}
 
     "error" is empty for a plugin that works, "clash" for a name that one plugin alone declares;
     "reason" and "hint" say why an entry is not available and what to do.
+
+    TORCHWEFT_TRACE=1 prints the traceback of every plugin that failed to load.
     """
     declared = Manager.from_entry_points(os.environ).declared
     rows = Catalog(declared).rows()
+    if os.environ.get("TORCHWEFT_TRACE") == "1":
+        for plugin in declared:
+            click.echo(plugin.trace, err=True, nl=False)
     if as_json:
         write_json(_document(declared, rows))
     elif sys.stdout.isatty():
@@ -60,6 +69,7 @@ def _document(declared: Iterable[Declared], rows: Iterable[Row]) -> dict[str, ob
                 "distribution": plugin.distribution,
                 "version": plugin.version,
                 "error": plugin.error,
+                "disabled": plugin.disabled,
             }
             for plugin in declared
         ],
@@ -95,14 +105,7 @@ def _row_line(row: Row) -> _Line:
             ("note: " if row.available else "why not: ", row.reason, "yellow"),
             ("what to do: ", row.hint, "cyan"),
             ("clash: ", row.clash, "red"),
-            (
-                "what to do: ",
-                "uninstall one of them, or set TORCHWEFT_DISABLE_PLUGINS to the plugin that you "
-                "do not want"
-                if row.clash
-                else "",
-                "cyan",
-            ),
+            ("what to do: ", _CLASH_HINT if row.clash else "", "cyan"),
         ),
     )
 
@@ -114,22 +117,20 @@ def _plugin_line(plugin: Declared) -> _Line:
         for kind in KINDS
         if counts[kind]
     )
-    broken = (
-        ("failed to load: ", plugin.error, "red"),
-        (
-            "what to do: ",
-            f"upgrade or uninstall {plugin.distribution}, or set "
-            f"TORCHWEFT_DISABLE_PLUGINS={plugin.plugin}",
-            "cyan",
-        ),
+    way_out = (
+        f"upgrade or uninstall {plugin.distribution}, or set "
+        f"TORCHWEFT_DISABLE_PLUGINS={plugin.plugin}"
     )
+    broken = (("failed to load: ", plugin.error, "red"), ("what to do: ", way_out, "cyan"))
     working = (("declares ", declares or "nothing to choose, hooks only", ""),)
+    disabled = (("", "named by TORCHWEFT_DISABLE_PLUGINS", ""),)
+    here, notes = ("broken", broken) if plugin.error else ("yes", working)
     return _Line(
         kind="plugin",
         name=plugin.plugin,
-        here="broken" if plugin.error else "yes",
+        here="off" if plugin.disabled else here,
         provider=plugin.provider,
-        notes=_notes(*(broken if plugin.error else working)),
+        notes=_notes(*(disabled if plugin.disabled else notes)),
     )
 
 
@@ -160,8 +161,20 @@ def _write_table(lines: list[_Line]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    colours = {"yes": "green", "no": "yellow", "clash": "bold red", "broken": "bold red"}
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
+    colours = {
+        "yes": "green",
+        "no": "yellow",
+        "off": "yellow",
+        "clash": "bold red",
+        "broken": "bold red",
+    }
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+        header_style="dim",
+    )
     for heading in ("Name", "Here", "Provided by"):
         table.add_column(heading, overflow="fold")
     table.add_column("About", overflow="fold", ratio=1)

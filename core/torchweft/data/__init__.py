@@ -1,0 +1,1 @@
+"""What each replica gets of the data, in which order, and with which random streams."""

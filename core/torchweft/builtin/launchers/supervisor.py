@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
 from torchweft.errors import RankFailed
+from torchweft.failures import read_failure, report, signal_name
 
-__all__ = ["Child", "Failure", "Supervisor", "first_failure", "read_failures"]
+__all__ = ["Child", "Supervisor"]
 
 #: Seconds between two looks at the ranks.
 _TICK = 0.02
@@ -34,85 +33,6 @@ class Child(Protocol):
     @property
     def exitcode(self) -> int | None:
         """None while it runs; negative for a signal."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Failure:
-    """How one rank ended badly."""
-
-    rank: int
-    exitcode: int
-    message: str = ""
-    trace: str = ""
-    time_ns: int = 0
-    lost_peer: bool = False
-
-    def cause(self) -> str:
-        """``"ValueError: …"``, ``"killed by signal 9 (SIGKILL)"`` or ``"exit status 3"``."""
-        if self.message:
-            return self.message
-        if self.exitcode < 0:
-            return f"killed by signal {-self.exitcode} ({_signal_name(-self.exitcode)})"
-        return f"ended with exit status {self.exitcode}"
-
-    @property
-    def exit_status(self) -> int:
-        """What a command that ran this rank ends with."""
-        return 128 - self.exitcode if self.exitcode < 0 else self.exitcode
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return "unknown"
-
-
-def read_failures(exitcodes: dict[int, int], error_files: dict[int, Path]) -> list[Failure]:
-    """What ranks with these exit codes left in their error files."""
-    failures = []
-    for rank, exitcode in exitcodes.items():
-        extra, message = {}, ""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            content = json.loads(error_files[rank].read_text(encoding="utf-8"))["message"]
-            extra, message = content["extraInfo"], content["message"]
-        failures.append(
-            Failure(
-                rank=rank,
-                exitcode=exitcode,
-                message=message,
-                trace=extra.get("py_callstack", ""),
-                time_ns=int(extra.get("time_ns", 0)),
-                lost_peer=bool(extra.get("lost_peer", False)),
-            )
-        )
-    return failures
-
-
-def first_failure(failures: Sequence[Failure]) -> Failure:
-    """The cause among several failures: not a rank that merely lost its peer, then the earliest.
-
-    A rank that was killed wrote nothing; it comes before those that then lost it.
-    """
-    return min(failures, key=lambda f: (f.lost_peer, f.time_ns or 0, f.rank))
-
-
-def report(failures: Sequence[Failure], world_size: int) -> RankFailed:
-    """One report of all failures: the cause with its traceback, the others in one line."""
-    first = first_failure(failures)
-    lines = [f"rank {first.rank} of {world_size} failed: {first.cause()}"]
-    others = [f for f in failures if f is not first]
-    if others:
-        told = "; ".join(f"rank {f.rank}: {_brief(f.cause())}" for f in others)
-        lines.append(f"after it: {told}")
-    if first.trace:
-        lines += ["", first.trace.rstrip()]
-    return RankFailed("\n".join(lines), rank=first.rank, exit_status=first.exit_status or 1)
-
-
-def _brief(text: str) -> str:
-    line = text.splitlines()[0] if text else ""
-    return line if len(line) <= 100 else line[:97] + "..."
 
 
 class Supervisor:
@@ -159,10 +79,14 @@ class Supervisor:
         if self._signal == signal.SIGINT:
             raise KeyboardInterrupt
         if self._signal is not None:
-            name = _signal_name(self._signal)
+            name = signal_name(self._signal)
             raise RankFailed(f"ended by {name}", exit_status=128 + self._signal)
-        bad = {rank: code for rank, code in codes.items() if code}
-        raise report(read_failures(bad, self._error_files), len(self._children))
+        bad = [
+            read_failure(rank, code, self._error_files[rank])
+            for rank, code in codes.items()
+            if code
+        ]
+        raise report(bad, len(self._children))
 
     def _exitcodes(self) -> dict[int, int | None]:
         return {rank: child.exitcode for rank, child in self._children.items()}
@@ -170,11 +94,19 @@ class Supervisor:
     def stop(self, signum: int = signal.SIGTERM) -> None:
         """End every rank: ask, wait, kill; returns when none is left."""
         deadline = time.monotonic() + _GRACE
+        if signum == signal.SIGINT:
+            # The terminal sent it to every process of the group, and twice would interrupt what
+            # the first one made a rank do.
+            self._wait_until(time.monotonic() + _GRACE / 4)
+            signum = signal.SIGTERM
         self._send(signum)
-        while self._running() and time.monotonic() < deadline:
-            time.sleep(_TICK)
+        self._wait_until(deadline)
         self._send(signal.SIGKILL)
         while self._running():
+            time.sleep(_TICK)
+
+    def _wait_until(self, deadline: float) -> None:
+        while self._running() and time.monotonic() < deadline:
             time.sleep(_TICK)
 
     def _running(self) -> list[Child]:

@@ -1,0 +1,45 @@
+# Two targets do everything: `make demo` and `make test`. Both make the environment first.
+
+# Every rank would compile every module again where this is set.
+unexport PYTHONDONTWRITEBYTECODE
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+DEVICES ?= 2
+
+.PHONY: demo test test-gpu lint types fast env clean
+
+demo: $(VENV)/.installed
+	$(BIN)/torchweft run --accelerator cpu --devices $(DEVICES) --strategy ddp examples/digits/train.py
+
+test: lint types
+	$(BIN)/pytest
+
+# What needs a GPU; skipped with a reason where there is none.
+test-gpu: $(VENV)/.installed
+	$(BIN)/pytest -m gpu
+
+# Without the tests that start many processes.
+fast: $(VENV)/.installed
+	$(BIN)/pytest tests/core tests/cuda tests/contract
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+env: $(VENV)/.installed
+
+# torch comes first and pinned: whatever is installed after it must not pull another.
+$(VENV)/.installed: pyproject.toml plugins/cuda/pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,examples]" -e plugins/cuda
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

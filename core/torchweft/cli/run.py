@@ -1,0 +1,231 @@
+"""``torchweft run``: start a script on several processes, through torch's elastic agent."""
+
+from __future__ import annotations
+
+import os
+import sys
+import uuid
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from torchweft.catalog import Catalog
+from torchweft.errors import IncompatiblePlan, InvalidRequest, NotAvailable
+from torchweft.handoff import Handoff
+from torchweft.manager import Manager
+from torchweft.plan import RunPlan
+from torchweft.request import RunRequest
+from torchweft.resolve import resolve
+
+__all__ = ["run"]
+
+#: Flags that say how to make processes; they mean nothing where the script makes them itself.
+_NEED_DEVICES = (
+    "num_nodes",
+    "node_rank",
+    "main_address",
+    "main_port",
+    "max_restarts",
+    "rdzv_backend",
+    "rdzv_endpoint",
+    "no_preload",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What was asked of the command.
+
+    Attributes:
+        script: path of the script.
+        arguments: what it gets in ``sys.argv``.
+        flags: those that the user gave and that Fabric's arguments must agree with.
+        processes: on this node.
+        preload: modules that the fork server imports once.
+    """
+
+    script: str
+    arguments: tuple[str, ...]
+    flags: dict[str, Any]
+    processes: int
+    preload: tuple[str, ...]
+    num_nodes: int | tuple[int, int]
+    node_rank: int
+    main_address: str | None
+    main_port: int | None
+    max_restarts: int
+    rdzv_backend: str | None
+    rdzv_endpoint: str | None
+    fresh: bool
+    run_id: str
+
+
+@click.command(
+    context_settings={"ignore_unknown_options": True},
+    short_help="Run a script on several processes.",
+)
+@click.argument("script", type=click.Path())
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.option("--accelerator", help="Name of the accelerator, or auto.")
+@click.option("--strategy", help="Name of the strategy, with options: ddp:static_graph=true.")
+@click.option("--devices", help="Processes per node (2), devices by index (0,2), all, or auto.")
+@click.option("--num-nodes", help="Number of nodes, or least:most for an elastic run.")
+@click.option("--node-rank", type=click.IntRange(min=0), help="Rank of this node. Default: 0.")
+@click.option("--main-address", help="Address of node 0. Default: 127.0.0.1.")
+@click.option("--main-port", type=click.IntRange(1, 65535), help="Port of node 0.")
+@click.option("--precision", help="Name of the precision: 32-true, bf16-mixed, …")
+@click.option("--max-restarts", type=click.IntRange(min=0), help="After failures. Default: 0.")
+@click.option("--rdzv-backend", help="How several nodes meet: static (default), c10d, …")
+@click.option("--rdzv-endpoint", help="Where they meet: HOST:PORT.")
+@click.option("--no-preload", is_flag=True, default=None, help="Start fresh interpreters.")
+def run(script: str, arguments: tuple[str, ...], **options: Any) -> None:
+    """Run SCRIPT with ARGUMENTS, as python does, on several processes.
+
+    With --devices, torch's elastic agent makes the processes; without, the script's own
+    fabric.launch() does. Flags may stand before or behind SCRIPT; what is not a flag listed here
+    goes to the script, and so does everything behind "--".
+
+    Flags and the arguments of Fabric(...) must agree; a flag fills in what the script leaves open.
+    """
+    if script == "model" and arguments and not Path(script).exists():
+        script, *rest = arguments  # "torchweft run model train.py", the older form
+        arguments = tuple(rest)
+    if arguments[:1] == ("--",):
+        arguments = arguments[1:]
+    _check_script(script)
+    given = {name: value for name, value in options.items() if value is not None}
+    flags = {
+        name: given[name]
+        for name in ("accelerator", "strategy", "devices", "num_nodes", "precision")
+        if name in given
+    }
+    request = RunRequest.parse(**flags)
+    if request.devices is None:
+        _refuse_without_devices(given)
+        _become_python(script, arguments, flags)
+    processes, preload = _processes(request)
+    job = Job(
+        script=script,
+        arguments=tuple(arguments),
+        flags=flags,
+        processes=processes,
+        preload=preload,
+        num_nodes=request.num_nodes or 1,
+        node_rank=given.get("node_rank", 0),
+        main_address=given.get("main_address"),
+        main_port=given.get("main_port"),
+        max_restarts=given.get("max_restarts", 0),
+        rdzv_backend=given.get("rdzv_backend"),
+        rdzv_endpoint=given.get("rdzv_endpoint"),
+        fresh=bool(given.get("no_preload")),
+        run_id=uuid.uuid4().hex[:16],
+    )
+    _check_nodes(job)
+    if not job.fresh:
+        start_fork_server(job)
+    # Only now: torch takes a second, in which the fork server imports it too.
+    from torchweft.cli.agent import drive
+
+    drive(job)
+
+
+def _check_script(script: str) -> None:
+    path = Path(script)
+    if path.is_file():
+        return
+    if path.is_dir():
+        raise InvalidRequest(f"script '{script}' is a folder; name the Python file in it")
+    near = ""
+    if path.parent.is_dir():
+        names = sorted(other.name for other in path.parent.glob("*.py"))[:5]
+        near = f"; Python files there: {', '.join(names)}" if names else ""
+    raise InvalidRequest(
+        f"script '{script}' does not exist (looked in {path.absolute().parent}){near}"
+    )
+
+
+def _refuse_without_devices(given: dict[str, Any]) -> None:
+    lone = [f"--{name.replace('_', '-')}" for name in _NEED_DEVICES if name in given]
+    if lone:
+        raise InvalidRequest(
+            f"{' and '.join(lone)} without --devices: the script's own fabric.launch() would make "
+            "the processes and know nothing of it; add --devices N, the processes on each node"
+        )
+
+
+def _become_python(script: str, arguments: tuple[str, ...], flags: dict[str, Any]) -> NoReturn:
+    """Without --devices this is ``python script``: same process, same everything."""
+    environ = dict(os.environ)
+    if flags:
+        handoff = Handoff(run_id=uuid.uuid4().hex[:16], flags=flags, pid=os.getpid())
+        environ.update(handoff.to_environ())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, [sys.executable, script, *arguments], environ)
+
+
+def _processes(request: RunRequest) -> tuple[int, tuple[str, ...]]:
+    """Processes on this node, and what to import before they are forked."""
+    manager = Manager.from_entry_points(os.environ)
+    catalog = Catalog(manager.declared)
+    # Resolved as one node without a launcher: who makes the processes is settled, it is us. The
+    # variables that another launcher left in this environment are not this run's.
+    alone = replace(request, num_nodes=None, launcher=None)
+    try:
+        plan: RunPlan = resolve(alone, catalog, environ={})
+    except (NotAvailable, IncompatiblePlan):
+        # With no accelerator named, the script may name one that the default choice is not.
+        if request.accelerator is not None or not isinstance(request.devices, int):
+            raise
+        return request.devices, ()
+    modules = [
+        spec.target.partition(":")[0] for spec in (plan.accelerator, plan.strategy, plan.precision)
+    ]
+    return plan.topology.processes_per_node, (*modules, *plan.strategy.preload)
+
+
+def _check_nodes(job: Job) -> None:
+    several = job.num_nodes != 1
+    elastic = isinstance(job.num_nodes, tuple)
+    backend = job.rdzv_backend or "static"
+    if elastic and backend == "static":
+        raise InvalidRequest(
+            f"--num-nodes {job.flags['num_nodes']} lets nodes come and go, which the static "
+            "rendezvous cannot; add --rdzv-backend c10d --rdzv-endpoint HOST:PORT"
+        )
+    if backend != "static" and not job.rdzv_endpoint:
+        raise InvalidRequest(
+            f"--rdzv-backend {backend} needs --rdzv-endpoint HOST:PORT, where the nodes meet"
+        )
+    if backend == "static" and job.rdzv_endpoint:
+        raise InvalidRequest(
+            f"--rdzv-endpoint {job.rdzv_endpoint} is for --rdzv-backend c10d; the static "
+            "rendezvous takes --main-address and --main-port"
+        )
+    if several and backend == "static" and not job.main_address:
+        raise InvalidRequest(
+            f"--num-nodes {job.num_nodes} needs to know where the nodes meet; add --main-address "
+            "HOST (the address of node 0) and --node-rank on every node"
+        )
+    most = job.num_nodes[1] if isinstance(job.num_nodes, tuple) else job.num_nodes
+    if job.node_rank >= most:
+        raise InvalidRequest(
+            f"--node-rank {job.node_rank} is not one of 0 to {most - 1} (--num-nodes {most})"
+        )
+
+
+def start_fork_server(job: Job) -> None:
+    """Start the process that imports torch once and forks every rank, restarts included."""
+    import multiprocessing
+    from importlib.machinery import ModuleSpec
+    from multiprocessing import forkserver
+
+    # What a rank re-imports as __main__ is the script, never this command.
+    sys.modules["__main__"].__spec__ = ModuleSpec("torchweft.__main__", None)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["torch", "torchweft.fabric", "torchweft.builtin.launchers.agent_rank", *job.preload]
+    )
+    forkserver.ensure_running()

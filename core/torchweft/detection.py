@@ -1,0 +1,90 @@
+"""Which launcher has already made this process, as its environment tells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torchweft.catalog import Catalog, Entry
+from torchweft.errors import InvalidRequest, NameClash
+from torchweft.plan import Rejected
+from torchweft.specs import Detection, LauncherSpec, load_target
+
+__all__ = ["Detected", "detect"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Detected:
+    """What the launchers' detections said.
+
+    Attributes:
+        entry: the launcher that made this process; None when nobody did.
+        detection: what it said.
+        failed: launchers whose detection failed, so that nothing is known of them.
+    """
+
+    entry: Entry | None = None
+    detection: Detection | None = None
+    failed: tuple[Rejected, ...] = ()
+
+
+def detect(catalog: Catalog, environ: Mapping[str, str], wanted: str | None) -> Detected:
+    """Ask every launcher; ``wanted``, the name that was asked for, wins over others that answer.
+
+    Where several answer, as torchrun in a batch job of another scheduler, the higher priority
+    wins: the launcher nearest to the process carries it. Raises ``NameClash`` where that decides
+    nothing, and what a detection raises on purpose.
+    """
+    found: list[tuple[Entry, Detection]] = []
+    failed: list[Rejected] = []
+    for entry in catalog.entries("launcher"):
+        spec: Any = entry.spec
+        if spec.detect:
+            try:
+                answer = _ask(spec, entry.provider, environ)
+            except _DetectionError as error:
+                failed.append(Rejected(name=spec.name, provider=entry.provider, reason=str(error)))
+                continue
+            if answer is not None:
+                found.append((entry, answer))
+    if not found:
+        return Detected(failed=tuple(failed))
+    entry, detection = _nearest(found, wanted)
+    return Detected(entry=entry, detection=detection, failed=tuple(failed))
+
+
+class _DetectionError(Exception):
+    """A detection that did not answer."""
+
+
+def _ask(spec: LauncherSpec, provider: str, environ: Mapping[str, str]) -> Detection | None:
+    try:
+        answer: Any = load_target(spec.detect, provider)(environ)
+    except InvalidRequest:
+        # What is wrong with the environment is the user's to know, a plugin's defect is not.
+        raise
+    except (Exception, SystemExit) as error:
+        raise _DetectionError(
+            f"its detection '{spec.detect}' failed: {type(error).__name__}: {error}"
+        ) from error
+    if answer is None or isinstance(answer, Detection):
+        return answer
+    raise _DetectionError(
+        f"its detection '{spec.detect}' returned {answer!r} instead of a Detection"
+    )
+
+
+def _nearest(found: list[tuple[Entry, Detection]], wanted: str | None) -> tuple[Entry, Detection]:
+    named = [pair for pair in found if wanted in pair[0].spec.names()]
+    candidates = named or found
+    top = max(entry.spec.priority or 0 for entry, _ in candidates)
+    best = [pair for pair in candidates if (pair[0].spec.priority or 0) == top]
+    if len(best) > 1:
+        (first, one), (second, other) = best[:2]
+        raise NameClash(
+            f"{one.reason} according to launcher {first.describe()}, and {other.reason} according "
+            f"to launcher {second.describe()}; say which it is with launcher='…' or "
+            "TORCHWEFT_LAUNCHER"
+        )
+    return best[0]

@@ -1,0 +1,97 @@
+"""How ranks failed, and one report of it: the cause with its traceback, the others in a line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torchweft.errors import RankFailed
+
+__all__ = ["Failure", "first_failure", "read_failure", "report", "signal_name"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """How one rank ended badly."""
+
+    rank: int
+    exitcode: int
+    message: str = ""
+    trace: str = ""
+    time_ns: int = 0
+    lost_peer: bool = False
+
+    def cause(self) -> str:
+        """``"ValueError: …"``, ``"killed by signal 9 (SIGKILL)"`` or ``"exit status 3"``."""
+        if self.message:
+            return self.message
+        if self.exitcode < 0:
+            return f"killed by signal {-self.exitcode} ({signal_name(-self.exitcode)})"
+        return f"ended with exit status {self.exitcode}"
+
+    @property
+    def exit_status(self) -> int:
+        """What a command that ran this rank ends with."""
+        return 128 - self.exitcode if self.exitcode < 0 else self.exitcode
+
+
+def signal_name(number: int) -> str:
+    """``"SIGKILL"`` for 9."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "unknown"
+
+
+def read_failure(rank: int, exitcode: int, error_file: Path) -> Failure:
+    """What a rank that ended with ``exitcode`` left in its error file, if it left anything."""
+    extra: dict[str, Any] = {}
+    message = ""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        content = json.loads(error_file.read_text(encoding="utf-8"))["message"]
+        extra, message = content["extraInfo"], content["message"]
+    return Failure(
+        rank=rank,
+        exitcode=exitcode,
+        message=message,
+        trace=extra.get("py_callstack", ""),
+        time_ns=int(extra.get("time_ns", 0)),
+        lost_peer=bool(extra.get("lost_peer", False)),
+    )
+
+
+def first_failure(failures: Sequence[Failure]) -> Failure:
+    """The cause among several failures: the earliest that is not merely a consequence.
+
+    A rank that lost its peer, or was asked to end, comes last. One that was killed wrote no time;
+    it comes before those that then lost it.
+    """
+
+    def order(failure: Failure) -> tuple[bool, int, int]:
+        consequence = failure.lost_peer or failure.exitcode == -signal.SIGTERM
+        return consequence, failure.time_ns, failure.rank
+
+    return min(failures, key=order)
+
+
+def report(failures: Sequence[Failure], world_size: int) -> RankFailed:
+    """One report of all failures: the cause with its traceback, the others in one line."""
+    first = first_failure(failures)
+    lines = [f"rank {first.rank} of {world_size} failed: {first.cause()}"]
+    others = [f for f in failures if f is not first]
+    if others:
+        told = "; ".join(f"rank {f.rank}: {_brief(f.cause())}" for f in others)
+        lines.append(f"after it: {told}")
+    if first.trace:
+        lines += ["", first.trace.rstrip()]
+    return RankFailed("\n".join(lines), rank=first.rank, exit_status=first.exit_status or 1)
+
+
+def _brief(text: str) -> str:
+    line = text.splitlines()[0] if text else ""
+    return line if len(line) <= 100 else line[:97] + "..."

@@ -1,0 +1,210 @@
+"""Wheels built from a copy of the tree, and fresh environments to install them into.
+
+Nothing here needs a network: what the packages depend on is taken from the environment that runs
+the tests, and nothing else of it can be seen, so that a dependency that nobody declared is missed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import venv
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import distribution
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.endtoend.commands import Result, clean_environment
+
+ROOT = Path(__file__).parents[2]
+THIRD_PARTY = ROOT / "tests" / "thirdparty"
+
+#: Prints "PATH" and who trained; see there.
+TRAIN = THIRD_PARTY / "train.py"
+
+_KEY = pytest.StashKey["Built"]()
+
+#: Left by other work in the tree; none of it belongs into a distribution.
+_NOT_COPIED = re.compile(r"\.(?!gitignore$).*|__pycache__|build|dist|demo-run")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """Everything that was built, once for all tests of a session.
+
+    Attributes:
+        tree: the copy of the repository that it was built from.
+        core, cuda: folders with a wheel and a source archive, the wheel made from the archive.
+        direct: a folder with the wheels of both, made from the tree itself.
+        acme, broken, clash: folders with the wheels of third parties.
+        dependencies: a folder with what core and plugin depend on, and without the two.
+    """
+
+    tree: Path
+    core: Path
+    cuda: Path
+    direct: Path
+    acme: Path
+    broken: Path
+    clash: Path
+    dependencies: Path
+
+
+def build_once(config: pytest.Config, new_folder: Callable[[str], Path]) -> Built:
+    """What was built in this session; the first call builds."""
+    if _KEY not in config.stash:
+        config.stash[_KEY] = _build(new_folder("built"))
+    return config.stash[_KEY]
+
+
+def _build(folder: Path) -> Built:
+    tree = folder / "tree"
+    copytree(ROOT, tree, ignore=_ignored)
+    _leave_litter(tree)
+    cuda = tree / "plugins" / "cuda"
+    third = tree / "tests" / "thirdparty"
+    built = {name: folder / name for name in ("core", "cuda", "direct", "acme", "broken", "clash")}
+    jobs: list[Sequence[str | Path]] = [
+        (tree, "--outdir", built["core"]),
+        (cuda, "--outdir", built["cuda"]),
+        (tree, "--wheel", "--outdir", built["direct"]),
+        (cuda, "--wheel", "--outdir", built["direct"]),
+        *(
+            (third / f"torchweft-{name}", "--wheel", "--outdir", built[name])
+            for name in ("acme", "broken", "clash")
+        ),
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        linked = pool.submit(link_dependencies, ROOT_NAMES, folder / "dependencies")
+        list(pool.map(_build_one, jobs))
+        dependencies = linked.result()
+    return Built(tree=tree, dependencies=dependencies, **built)
+
+
+def _ignored(folder: str, names: list[str]) -> set[str]:
+    return {name for name in names if _NOT_COPIED.fullmatch(name)}
+
+
+def _leave_litter(tree: Path) -> None:
+    """What lies about in a tree that somebody works in; a distribution must not have it."""
+    for package in ("core/torchweft", "plugins/cuda/torchweft_cuda"):
+        cache = tree / package / "__pycache__"
+        cache.mkdir()
+        (cache / "hooks.cpython-311.pyc").write_bytes(b"")
+    (tree / "dist").mkdir()
+    (tree / "dist" / "torchweft-0.0.1-py3-none-any.whl").write_bytes(b"")
+
+
+def _build_one(arguments: Sequence[str | Path]) -> None:
+    # Without isolation, because an isolated build installs its requirements from an index.
+    _call(sys.executable, "-m", "build", "--no-isolation", *arguments)
+
+
+def _call(*command: str | Path) -> str:
+    done = subprocess.run(
+        [str(word) for word in command],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        env=clean_environment(),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+# -- dependencies ------------------------------------------------------------------------------
+
+#: The distributions whose dependencies are made visible, and which are not visible themselves.
+ROOT_NAMES = ("torchweft", "torchweft-cuda")
+
+
+def link_dependencies(roots: Iterable[str], folder: Path) -> Path:
+    """Fill a new folder with links to all that ``roots`` need to run, but not to ``roots``."""
+    folder.mkdir()
+    hidden = {canonicalize_name(name) for name in roots}
+    for name in _closure(hidden) - hidden:
+        found = distribution(name)
+        assert found.files, f"{name} does not say which files it has"
+        for top in {file.parts[0] for file in found.files} - {"..", "__pycache__"}:
+            link = folder / top
+            # Distributions may share a folder, as those of NVIDIA's libraries do.
+            if not link.exists():
+                link.symlink_to(str(found.locate_file(top)))
+    return folder
+
+
+def _closure(roots: Iterable[str]) -> set[str]:
+    seen: set[str] = set()
+    left = set(roots)
+    while left:
+        name = left.pop()
+        seen.add(name)
+        requirements = [Requirement(text) for text in distribution(name).requires or ()]
+        needed = {
+            canonicalize_name(requirement.name)
+            for requirement in requirements
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        }
+        left |= needed - seen
+    return seen
+
+
+# -- environments ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fresh:
+    """A virtual environment in which torchweft is what was installed there and nothing else."""
+
+    folder: Path
+
+    @property
+    def python(self) -> Path:
+        return self.folder / "bin" / "python"
+
+    @property
+    def command(self) -> Path:
+        """The script ``torchweft`` that the wheel's entry point made."""
+        return self.folder / "bin" / "torchweft"
+
+    def install(self, *requirements: str | Path, find_links: Sequence[Path] = ()) -> str:
+        """Install wheels by path, or by name from ``find_links``, dependencies checked."""
+        places = [word for place in find_links for word in ("--find-links", str(place))]
+        pip = [sys.executable, "-m", "pip", "--isolated", "--python", str(self.python)]
+        options = ["--no-index", "--no-cache-dir", "--disable-pip-version-check", "--no-compile"]
+        return _call(*pip, "install", *options, *places, *requirements)
+
+    def environ(self, **extra: str) -> dict[str, str]:
+        """For commands in this environment: nothing of the outer one leaks in by a variable."""
+        return {"PYTHONPATH": "", "PYTHONHOME": "", "CUDA_VISIBLE_DEVICES": "", **extra}
+
+    def plugins(self, run: Callable[..., Result], **extra: str) -> Any:
+        """What ``torchweft plugins --json`` says."""
+        result = run(self.command, "plugins", "--json", environ=self.environ(**extra))
+        assert (result.status, result.err) == (0, ""), result.out + result.err
+        return json.loads(result.out)
+
+
+def make_fresh(folder: Path, dependencies: Path) -> Fresh:
+    """An environment with the dependencies and nothing more, not even pip."""
+    venv.EnvBuilder(with_pip=False, symlinks=os.name != "nt").create(folder)
+    (packages,) = folder.glob("lib/python3*/site-packages")
+    (packages / "dependencies.pth").write_text(f"{dependencies}\n")
+    return Fresh(folder=folder)
+
+
+def only(folder: Path, pattern: str) -> Path:
+    """The one file of that name in a folder."""
+    (found,) = folder.glob(pattern)
+    return found

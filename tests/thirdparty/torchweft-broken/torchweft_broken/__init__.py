@@ -1,0 +1,1 @@
+"""A plugin whose own library is not there."""
