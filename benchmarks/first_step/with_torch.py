@@ -1,5 +1,6 @@
 """One DDP step in plain PyTorch; rank 0 writes when it was done. Argument: the file to write."""
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -19,7 +20,9 @@ def main():
     optimizer.step()
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(repr(time.time()))
-    dist.destroy_process_group()
+    dist.barrier()
+    # What follows is not timed, and the destructors of the group abort one run in twenty.
+    os._exit(0)
 
 
 if __name__ == "__main__":

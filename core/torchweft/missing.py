@@ -90,10 +90,12 @@ def clashing(
             f"{kind} {asked} is declared twice by {first.provider}, for the same devices and "
             f"strategies; report this to its authors"
         )
+    # Plugins of one name are disabled together.
+    leave_out = " or ".join(f"TORCHWEFT_DISABLE_PLUGINS={plugin}" for plugin in plugins)
     return NameClash(
         f"{kind} {asked} is declared by both {first.provider} and {second.provider}, for the same "
-        "devices and strategies; uninstall one of them, or leave one out with "
-        + " or ".join(f"TORCHWEFT_DISABLE_PLUGINS={plugin}" for plugin in plugins)
+        "devices and strategies; uninstall one of them"
+        + (f", or leave one out with {leave_out}" if len(plugins) > 1 else "")
     )
 
 

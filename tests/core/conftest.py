@@ -62,9 +62,7 @@ def _core() -> Declared:
                 probe=f"{here}:mps",
                 selectable=False,
             ),
-            StrategySpec(
-                name="single_device", target=f"{here}:DDP", priority=100, processes="one"
-            ),
+            StrategySpec(name="single_device", target=f"{here}:DDP", priority=100, processes="one"),
             PrecisionSpec(name="32-true", target=f"{here}:DDP", aliases=("32",), priority=100),
             PrecisionSpec(name="bf16-mixed", target=f"{here}:DDP", aliases=("bf16",)),
             LauncherSpec(name="inline", target=f"{here}:DDP", priority=100, processes="one"),
@@ -215,9 +213,7 @@ class Site:
 
     def run(self, code: str, **environ: str) -> str:
         """What ``code`` prints in a fresh interpreter that sees these distributions."""
-        path = os.pathsep.join(
-            filter(None, [str(self.folder), os.environ.get("PYTHONPATH", "")])
-        )
+        path = os.pathsep.join(filter(None, [str(self.folder), os.environ.get("PYTHONPATH", "")]))
         done = subprocess.run(
             [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
             env={**os.environ, "PYTHONPATH": path, **environ},

@@ -140,9 +140,7 @@ def test_a_row_says_what_a_listing_needs(world: World) -> None:
 
 def test_rows_are_by_kind_and_name(world: World) -> None:
     kinds = [row.kind for row in world.catalog.rows()]
-    assert kinds == sorted(
-        kinds, key=["accelerator", "strategy", "precision", "launcher"].index
-    )
+    assert kinds == sorted(kinds, key=["accelerator", "strategy", "precision", "launcher"].index)
 
 
 def test_presets_are_listed_as_aliases(world: World) -> None:

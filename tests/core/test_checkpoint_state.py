@@ -196,7 +196,9 @@ def test_the_strategy_and_the_precision_go_on_together_with_an_optimizer() -> No
     target.restore(content, {"model": model, "optimizer": optimizer})
     assert (target.strategy.rounds, target.precision.scale_) == (7, 8.0)  # type: ignore[attr-defined]
     # What another precision wrote, which keeps nothing, is no reason to reset this one.
-    plain = Setting().collect({"model": model, "optimizer": optimizer})
+    stateless = Setting()
+    own, its_optimizer = stateless.setup(module := network(), SGD(module.parameters(), 0.1))
+    plain = stateless.collect({"model": own, "optimizer": its_optimizer})
     target.restore(plain, {"model": model, "optimizer": optimizer})
     assert (target.strategy.rounds, target.precision.scale_) == (7, 8.0)  # type: ignore[attr-defined]
 
@@ -438,22 +440,25 @@ def test_wrong_requests_are_errors_that_say_what_to_write() -> None:
         (
             {"epoch": 2},
             {"epoch": lambda name, value: True},
-            "filter is given for state['epoch'], which is of type int and has no entries to choose from",
+            (
+                "filter is given for state['epoch'], which is of type int and has no entries to "
+                "choose from"
+            ),
         ),
         (
             {"model": network()},
             {"model": "0.weight"},
             (
-                "filter['model'] is of type str; give a function of (name, value) that returns whether to "
-                "keep it"
+                "filter['model'] is of type str; give a function of (name, value) that returns "
+                "whether to keep it"
             ),
         ),
         (
             {"model": network()},
             len,
             (
-                "filter is of type builtin_function_or_method; give a dict with keys of the state, such as "
-                "{'model': lambda name, value: 'head' in name}"
+                "filter is of type builtin_function_or_method; give a dict with keys of the state, "
+                "such as {'model': lambda name, value: 'head' in name}"
             ),
         ),
     ]
@@ -585,6 +590,36 @@ def test_sharded_tensors_are_made_whole_on_the_writer(tmp_path: Path) -> None:
     assert results == [[True, True, True, [[5, 3], [5]]], "nothing"]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_checkpoint_moves_from_a_gpu_to_the_cpu() -> None:
+    setting = Setting()
+    module = network().cuda()
+    model, optimizer = setting.setup(module, AdamW(module.parameters(), lr=0.02, fused=True))
+    for _ in range(2):
+        model(torch.ones(4, 3, device="cuda")).sum().backward()
+        optimizer.step()
+    state = {
+        "model": model,
+        "optimizer": optimizer,
+        "plain": [module],
+        "value": torch.ones(1).cuda(),
+    }
+    content = setting.collect(state)
+    assert (
+        content["model"]._metadata == content["plain"][0]._metadata == module.state_dict()._metadata
+    )
+    content = through_file(content)
+    assert content["value"].device.type == "cpu"
+    other, its_optimizer = setting.setup(here := network(seed=1), AdamW(here.parameters()))
+    setting.restore(content, {"model": other, "optimizer": its_optimizer})
+    assert unequal(other, copy.deepcopy(module).cpu()) == []
+    assert its_optimizer.param_groups[0]["lr"] == 0.02
+    assert not its_optimizer.param_groups[0]["fused"]
+    assert {v.device.type for s in its_optimizer.state.values() for v in s.values()} == {"cpu"}
+    train(other, its_optimizer, 1)
+
+
 # -- what is restored ----------------------------------------------------------------------------
 
 
@@ -639,8 +674,8 @@ def test_what_does_not_fit_is_named_with_its_place() -> None:
         (
             {"step": nn.Linear(2, 2)},
             (
-                "cannot restore state['step'] (Linear): the checkpoint's part is of type int, not the "
-                "state of a model"
+                "cannot restore state['step'] (Linear): the checkpoint's part is of type int, not "
+                "the state of a model"
             ),
         ),
         (
@@ -650,8 +685,8 @@ def test_what_does_not_fit_is_named_with_its_place() -> None:
         (
             {"model": SGD(nn.Linear(1, 1).parameters(), 0.1)},
             (
-                "cannot restore state['model'] (SGD): this is not the state of an optimizer: it has "
-                "no 'state'; it holds 'weight', 'bias'"
+                "cannot restore state['model'] (SGD): this is not the state of an optimizer: it "
+                "has no 'state'; it holds 'weight', 'bias'"
             ),
         ),
         ({"nested": [Counter(), 1]}, "state['nested'] has 2 items, and 1 in the checkpoint"),
@@ -667,8 +702,8 @@ def test_what_does_not_fit_is_named_with_its_place() -> None:
         (
             MappingProxyType({"step": 0}),
             (
-                "state['step'] is to be replaced by the checkpoint's value, but its container is of type "
-                "mappingproxy, which cannot be changed; use a dict"
+                "state['step'] is to be replaced by the checkpoint's value, but its container is "
+                "of type mappingproxy, which cannot be changed; use a dict"
             ),
         ),
     ]

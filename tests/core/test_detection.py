@@ -40,9 +40,7 @@ def _backend(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def catalog(**priorities: int | None) -> Catalog:
     specs = tuple(
-        LauncherSpec(
-            name=name, target="a:B", detect=f"detecting_backend:{name}", priority=priority
-        )
+        LauncherSpec(name=name, target="a:B", detect=f"detecting_backend:{name}", priority=priority)
         for name, priority in priorities.items()
     )
     return Catalog(
@@ -96,9 +94,7 @@ def test_several_of_one_priority_are_an_error() -> None:
 
 
 def test_a_detection_that_fails_breaks_nothing_and_is_told() -> None:
-    detected = detect(
-        catalog(broken=1, exits=1, confused=1, torchrun=1), {"WHO": "torchrun"}, None
-    )
+    detected = detect(catalog(broken=1, exits=1, confused=1, torchrun=1), {"WHO": "torchrun"}, None)
     assert detected.entry is not None
     assert detected.entry.spec.name == "torchrun"
     assert {failed.name: failed.reason for failed in detected.failed} == {
@@ -113,8 +109,9 @@ def test_a_detection_that_cannot_be_loaded_is_told_too() -> None:
     spec = LauncherSpec(name="gone", target="a:B", detect="acme_gone:detect")
     declared = Declared(plugin="a", distribution="torchweft-a", version="1", specs=(spec,))
     (failed,) = detect(Catalog([declared]), {}, None).failed
-    assert failed.reason.endswith("cannot be loaded: ModuleNotFoundError: No module named "
-                                  "'acme_gone'")
+    assert failed.reason.endswith(
+        "cannot be loaded: ModuleNotFoundError: No module named 'acme_gone'"
+    )
 
 
 def test_an_environment_that_contradicts_itself_is_the_users_to_know() -> None:

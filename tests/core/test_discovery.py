@@ -68,9 +68,7 @@ def test_a_plugin_whose_dependency_is_missing_is_recorded(site: Site) -> None:
         ("def broken(:", "SyntaxError: invalid syntax (acme_hooks.py, line 1)"),
     ],
 )
-def test_a_plugin_that_fails_on_import_breaks_nothing(
-    site: Site, hooks: str, error: str
-) -> None:
+def test_a_plugin_that_fails_on_import_breaks_nothing(site: Site, hooks: str, error: str) -> None:
     site.install("torchweft-acme", hooks)
     listed = found(site)
     assert listed["acme", "torchweft-acme"] == ["0.1", None, error, False]
@@ -83,9 +81,7 @@ def test_a_blocked_plugin_is_not_imported(site: Site) -> None:
 
 
 def test_an_entry_point_that_names_an_attribute_is_an_error(site: Site) -> None:
-    site.install(
-        "torchweft-acme", GOOD, entry_points="[torchweft]\nacme = acme_hooks:NAME\n"
-    )
+    site.install("torchweft-acme", GOOD, entry_points="[torchweft]\nacme = acme_hooks:NAME\n")
     assert found(site)["acme", "torchweft-acme"][2] == (
         "BrokenPlugin: its entry point 'acme_hooks:NAME' names an attribute; "
         "it has to name a module of hooks"

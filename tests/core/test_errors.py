@@ -46,9 +46,7 @@ def test_did_you_mean(name: str, words: str) -> None:
 
 
 @given(st.text(max_size=12), st.sets(st.text(max_size=12), max_size=6))
-def test_did_you_mean_names_a_known_name_whatever_their_order(
-    name: str, known: set[str]
-) -> None:
+def test_did_you_mean_names_a_known_name_whatever_their_order(name: str, known: set[str]) -> None:
     words = errors.did_you_mean(name, sorted(known))
     assert words == errors.did_you_mean(name, sorted(known, reverse=True))
     assert words == "" or any(words == f"; did you mean '{each}'?" for each in known)

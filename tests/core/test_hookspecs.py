@@ -64,9 +64,7 @@ def test_what_an_implementation_returns_arrives(hook: str) -> None:
 def test_an_implementation_that_returns_none_is_refused(hook: str) -> None:
     manager = Manager({})
     instead = (
-        r"contextlib\.nullcontext\(\)"
-        if hook == "torchweft_worker_context"
-        else "an empty list"
+        r"contextlib\.nullcontext\(\)" if hook == "torchweft_worker_context" else "an empty list"
     )
     anything: Any = object()
 

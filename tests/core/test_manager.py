@@ -26,8 +26,10 @@ def torchweft_strategies():
 
 def module(source: str, name: str = "acme_hooks") -> ModuleType:
     made = ModuleType(name)
-    exec("from torchweft.hookspecs import hookimpl\nfrom torchweft.specs import *\n" + source,
-         vars(made))
+    exec(
+        "from torchweft.hookspecs import hookimpl\nfrom torchweft.specs import *\n" + source,
+        vars(made),
+    )
     return made
 
 
@@ -80,15 +82,20 @@ def test_a_hook_may_be_implemented_under_another_name() -> None:
     [
         (
             GOOD.replace("def torchweft_strategies", "def torchweft_strategys"),
-            "torchweft-acme 0.1 implements the hook 'torchweft_strategys', which does not exist; "
-            "did you mean 'torchweft_strategies'? the hooks are torchweft_accelerators, "
-            "torchweft_check_plan, torchweft_launchers, torchweft_precisions, "
-            "torchweft_strategies, torchweft_worker_context",
+            (
+                "torchweft-acme 0.1 implements the hook 'torchweft_strategys', which does not "
+                "exist; "
+                "did you mean 'torchweft_strategies'? the hooks are torchweft_accelerators, "
+                "torchweft_check_plan, torchweft_launchers, torchweft_precisions, "
+                "torchweft_strategies, torchweft_worker_context"
+            ),
         ),
         (
             GOOD.replace("    return", "    "),
-            "torchweft_strategies() of torchweft-acme 0.1 returned None; "
-            "a hook that has nothing to give returns an empty list",
+            (
+                "torchweft_strategies() of torchweft-acme 0.1 returned None; "
+                "a hook that has nothing to give returns an empty list"
+            ),
         ),
         (
             GOOD.replace("@hookimpl", ""),
@@ -96,19 +103,25 @@ def test_a_hook_may_be_implemented_under_another_name() -> None:
         ),
         (
             GOOD.replace("return [StrategySpec", "return [PrecisionSpec"),
-            "torchweft_strategies() of torchweft-acme 0.1 returned PrecisionSpec(name='acme', "
-            "target='acme:Acme', summary='', aliases=(), priority=None, probe='', devices=(), "
-            "strategies=(), exclusive=()); each element must be a StrategySpec",
+            (
+                "torchweft_strategies() of torchweft-acme 0.1 returned PrecisionSpec(name='acme', "
+                "target='acme:Acme', summary='', aliases=(), priority=None, probe='', devices=(), "
+                "strategies=(), exclusive=()); each element must be a StrategySpec"
+            ),
         ),
         (
             "@hookimpl\ndef torchweft_strategies(): return 7",
-            "torchweft_strategies() of torchweft-acme 0.1 returned 7; "
-            "return a list of StrategySpec",
+            (
+                "torchweft_strategies() of torchweft-acme 0.1 returned 7; "
+                "return a list of StrategySpec"
+            ),
         ),
         (
             GOOD.replace('name="acme"', 'name="acme", aliases="ac"'),
-            "torchweft_strategies() of torchweft-acme 0.1 declares strategy 'acme', which cannot "
-            "be used: aliases='ac' is not of the type tuple[str, ...]",
+            (
+                "torchweft_strategies() of torchweft-acme 0.1 declares strategy 'acme', which "
+                "cannot be used: aliases='ac' is not of the type tuple[str, ...]"
+            ),
         ),
         (
             GOOD.replace("    return", "    raise OSError('no disk')\n    return"),
@@ -270,12 +283,8 @@ def test_real_plugins_good_and_bad(site: Site) -> None:
         plugin="slip",
         module="slip_hooks",
     )
-    site.install(
-        "torchweft-none", GOOD.replace("return", ""), plugin="none", module="none_hooks"
-    )
-    site.install(
-        "torchweft-exits", "import sys; sys.exit()", plugin="exits", module="exits_hooks"
-    )
+    site.install("torchweft-none", GOOD.replace("return", ""), plugin="none", module="none_hooks")
+    site.install("torchweft-exits", "import sys; sys.exit()", plugin="exits", module="exits_hooks")
     listed = json.loads(site.run(LISTING))
     assert listed["acme"] == ["torchweft-acme 0.1", "", False, ["acme"]]
     assert listed["broken"][1] == "ModuleNotFoundError: No module named 'acme_comm'"

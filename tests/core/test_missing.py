@@ -170,3 +170,13 @@ def test_a_plugin_that_clashes_with_itself(world: World) -> None:
         "strategy 'mean' is declared twice by torchweft-acme 0.1, for the same devices and "
         "strategies; report this to its authors"
     )
+
+
+def test_a_clash_of_plugins_that_can_only_be_disabled_together(world: World) -> None:
+    for distribution in ("torchweft-a", "torchweft-b"):
+        world.declare(
+            StrategySpec(name="mean", target="a:B"), plugin="mean", distribution=distribution
+        )
+    pair = world.catalog.clash("strategy", "mean")
+    assert pair is not None
+    assert str(clashing("strategy", "mean", pair)).endswith("; uninstall one of them")

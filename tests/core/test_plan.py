@@ -47,7 +47,7 @@ PLAN = RunPlan(
 def test_a_plan_is_plain_data() -> None:
     assert pickle.loads(pickle.dumps(PLAN)) == PLAN
     assert hash(PLAN) == hash(replace(PLAN))
-    assert PLAN != replace(PLAN, options={})
+    assert replace(PLAN, options={}) != PLAN
 
 
 def test_what_was_decided_and_why() -> None:

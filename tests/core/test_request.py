@@ -32,8 +32,10 @@ def test_a_choice_left_open(value: Any) -> None:
         ("ddp:static_graph=true", ("ddp", {"static_graph": True})),
         (
             "ddp: a = False , b=NONE,c=25,d=-1.5,e=1e3,f=nccl,g=x=y",
-            ("ddp", {"a": False, "b": None, "c": 25, "d": -1.5, "e": 1000.0, "f": "nccl",
-                     "g": "x=y"}),
+            (
+                "ddp",
+                {"a": False, "b": None, "c": 25, "d": -1.5, "e": 1000.0, "f": "nccl", "g": "x=y"},
+            ),
         ),
         ("ddp:a='25',b=\"true\",c='',d='", ("ddp", {"a": "25", "b": "true", "c": "", "d": "'"})),
     ],
@@ -132,13 +134,20 @@ def test_devices(value: Any, devices: Any) -> None:
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        (0, "devices=0 asks for 0 devices; it takes 1 or more, or -1 ('all') for all that there "
-            "are"),
+        (
+            0,
+            (
+                "devices=0 asks for 0 devices; it takes 1 or more, or -1 ('all') for all that "
+                "there are"
+            ),
+        ),
         ("0", "devices='0' asks for 0 devices; it takes 1 or more"),
         (-2, "devices=-2 asks for -2 devices; it takes 1 or more"),
         ("-3", "devices='-3' asks for -3 devices"),
-        ([0, 0], "devices=[0, 0] names device 0 more than once; each process needs a device of "
-                 "its own"),
+        (
+            [0, 0],
+            "devices=[0, 0] names device 0 more than once; each process needs a device of its own",
+        ),
         ("1,2,1", "devices='1,2,1' names device 1 more than once"),
         ([0, -1], "devices=[0, -1] has the negative index -1; indices count from 0"),
         ("-1,", "devices='-1,' has the negative index -1"),
@@ -146,8 +155,13 @@ def test_devices(value: Any, devices: Any) -> None:
         ([True], "devices=[True] is not a list of device indices"),
         (["0"], "devices=['0'] is not a list of device indices"),
         ([0.0], "devices=[0.0] is not a list of device indices"),
-        ("", "devices='' is not understood; it takes a number of devices, 'auto', 'all', or a "
-             "list of indices such as [0, 2] or '0,2'"),
+        (
+            "",
+            (
+                "devices='' is not understood; it takes a number of devices, 'auto', 'all', or a "
+                "list of indices such as [0, 2] or '0,2'"
+            ),
+        ),
         (",", "devices=',' is not understood"),
         ("1,,2", "devices='1,,2' is not understood"),
         ("1,-", "devices='1,-' is not understood"),
@@ -223,8 +237,13 @@ def test_num_nodes(value: Any, nodes: Any) -> None:
         ("-1", "num_nodes='-1' is impossible; it takes 1 or more"),
         ("0:2", "num_nodes='0:2' is impossible; it takes 1 or more, the least number first"),
         ((4, 1), "num_nodes=(4, 1) is impossible; it takes 1 or more, the least number first"),
-        ("", "num_nodes='' is not understood; it takes a number of nodes, 'auto', or "
-             "'least:most' for an elastic run"),
+        (
+            "",
+            (
+                "num_nodes='' is not understood; it takes a number of nodes, 'auto', or "
+                "'least:most' for an elastic run"
+            ),
+        ),
         ("1:", "num_nodes='1:' is not understood"),
         ("1:2:3", "num_nodes='1:2:3' is not understood"),
         ("two", "num_nodes='two' is not understood"),
@@ -261,8 +280,12 @@ def test_no_number_of_nodes_ends_in_another_error(value: str) -> None:
 
 def test_a_request() -> None:
     request = RunRequest.parse(
-        accelerator="GPU", devices="0,2", num_nodes="1:2", strategy="ddp:static_graph=true",
-        precision=16, launcher="fork",
+        accelerator="GPU",
+        devices="0,2",
+        num_nodes="1:2",
+        strategy="ddp:static_graph=true",
+        precision=16,
+        launcher="fork",
     )
     assert request == RunRequest(
         accelerator="gpu",
@@ -358,8 +381,10 @@ def test_what_means_the_same_agrees(
         (
             {"devices": 4},
             {"devices": "2"},
-            "--devices says 2 and the script says Fabric(devices=4); leave one of them out, or "
-            "make them equal",
+            (
+                "--devices says 2 and the script says Fabric(devices=4); leave one of them out, or "
+                "make them equal"
+            ),
         ),
         (
             {"devices": [0, 1]},
@@ -433,7 +458,9 @@ def test_a_flag_that_is_never_handed_on() -> None:
 
 
 def test_a_stale_run_variable_that_cannot_be_read() -> None:
-    with pytest.raises(InvalidRequest, match=r"TORCHWEFT_RUN is 'yes', which 'torchweft run' never"):
+    with pytest.raises(
+        InvalidRequest, match=r"TORCHWEFT_RUN is 'yes', which 'torchweft run' never"
+    ):
         RunRequest().with_environment({VARIABLE: "yes"})
 
 

@@ -87,7 +87,8 @@ def test_targets(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "os", "os:", ":path", "os.path.join", "os..path:join", "os:path:join", "1a:b", "a b:c"]
+    "text",
+    ["", "os", "os:", ":path", "os.path.join", "os..path:join", "os:path:join", "1a:b", "a b:c"],
 )
 def test_what_is_no_target(text: str) -> None:
     assert not is_target(text)

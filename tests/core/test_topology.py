@@ -166,14 +166,18 @@ def test_more_processes_than_devices() -> None:
         (
             4,
             "device",
-            "devices=4 with strategy 'acme' needs 4 process(es) per node, but torchrun started "
-            "this process with 2 per node; make the two equal, or leave devices out",
+            (
+                "devices=4 with strategy 'acme' needs 4 process(es) per node, but torchrun started "
+                "this process with 2 per node; make the two equal, or leave devices out"
+            ),
         ),
         (
             None,
             "one",
-            "strategy 'acme' needs 1 process(es) per node, but torchrun started this process "
-            "with 2 per node; make the two equal, or leave devices out",
+            (
+                "strategy 'acme' needs 1 process(es) per node, but torchrun started this process "
+                "with 2 per node; make the two equal, or leave devices out"
+            ),
         ),
         (2, "node", "devices=2 with strategy 'acme' needs 1 process(es) per node, but"),
     ],

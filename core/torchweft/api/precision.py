@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["Precision"]
+from torchweft.api.batch import map_leaves
+
+__all__ = ["Autocast", "Precision", "convert_floats"]
 
 
 class Precision:
@@ -60,7 +62,10 @@ class Precision:
         return loss
 
     def unscale(self, optimizer: Optimizer) -> None:
-        """Make the gradients of ``optimizer`` the true ones, in place; once before each step."""
+        """Make the gradients of ``optimizer`` the true ones, in place.
+
+        Called before clipping, so perhaps more than once before a step; true gradients stay.
+        """
 
     def step(self, optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
         """Step, or skip the step where gradients overflowed; returns what the optimizer returns."""
@@ -72,3 +77,36 @@ class Precision:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned."""
+
+
+class Autocast(Precision):
+    """Parameters in 32-bit; torch's autocast runs in ``dtype`` what it deems safe.
+
+    Outputs come back in torch's default dtype, so that a loss is computed in it.
+    """
+
+    #: What computation runs in.
+    dtype: torch.dtype
+
+    def convert_output(self, data: Any) -> Any:
+        """Floating-point tensors to torch's default dtype."""
+        return convert_floats(data, torch.get_default_dtype())
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """An autocast region; it may be entered inside another one, and in any thread."""
+        # Made anew each time: entering costs more than making one, and one that is shared would
+        # mix up what it restores on the way out when it is entered twice at a time.
+        return torch.autocast(self.device_type, dtype=self.dtype)
+
+
+def convert_floats(data: Any, dtype: torch.dtype) -> Any:
+    """Floating-point tensors in nested collections as ``dtype``; everything else is kept."""
+    if type(data) is Tensor:  # the common case, without a walk
+        return data.to(dtype) if data.is_floating_point() else data
+
+    def convert(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            return leaf.to(dtype)
+        return leaf
+
+    return map_leaves(data, convert)

@@ -87,8 +87,8 @@ def _check_request(state: Any, filter: Any) -> Mapping[str, Filter]:
         return {}
     if not isinstance(filter, Mapping):
         raise InvalidRequest(
-            f"filter is of type {type(filter).__name__}; give a dict with keys of the state, such as "
-            "{'model': lambda name, value: 'head' in name}"
+            f"filter is of type {type(filter).__name__}; give a dict with keys of the state, such "
+            "as {'model': lambda name, value: 'head' in name}"
         )
     for key, keep in filter.items():
         if key not in state:
@@ -98,8 +98,8 @@ def _check_request(state: Any, filter: Any) -> Mapping[str, Filter]:
             )
         if not callable(keep):
             raise InvalidRequest(
-                f"filter[{key!r}] is of type {type(keep).__name__}; give a function of (name, value) "
-                "that returns whether to keep it"
+                f"filter[{key!r}] is of type {type(keep).__name__}; give a function of (name, "
+                "value) that returns whether to keep it"
             )
     return filter
 
@@ -225,8 +225,8 @@ def restore(
     if not isinstance(state, Mapping):
         if not _can_be_filled(state):
             raise InvalidRequest(
-                f"an object of type {type(state).__name__} cannot be filled from a checkpoint; give "
-                "a dict, such as {'model': model}, a model or an optimizer"
+                f"an object of type {type(state).__name__} cannot be filled from a checkpoint; "
+                "give a dict, such as {'model': model}, a model or an optimizer"
             )
         if isinstance(content, Mapping) and RESERVED in content:
             raise CheckpointError(
@@ -366,8 +366,8 @@ class _Into:
     def _check_container(self, old: Any, saved: Any, path: str, fits: bool) -> None:
         if not fits:
             raise CheckpointError(
-                f"{path} is of type {type(old).__name__}, and of type {type(saved).__name__} in the "
-                "checkpoint"
+                f"{path} is of type {type(old).__name__}, and of type {type(saved).__name__} in "
+                "the checkpoint"
             )
 
     def fill(self, target: Any, saved: Any, path: str) -> None:

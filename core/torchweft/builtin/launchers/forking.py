@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import FrameType
 
 from torchweft import process
 from torchweft.builtin.launchers.node import Node
@@ -73,10 +74,13 @@ def debugger() -> str | None:
     """The name of the debugger that is tracing this process, if one is."""
     import bdb
 
-    tracer = sys.gettrace()
-    owner = getattr(tracer, "__self__", None)
-    if isinstance(owner, bdb.Bdb):
-        return type(owner).__name__.lower()
+    # A debugger that was told to continue traces nothing any more, but is still on the stack.
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, bdb.Bdb):
+            return type(owner).__name__.lower()
+        frame = frame.f_back
     if "pydevd" in sys.modules:
         return "pydevd"
     monitoring = getattr(sys, "monitoring", None)  # Python 3.12
@@ -96,7 +100,7 @@ def no_rerun() -> str | None:
     arguments = sys.orig_argv[1:]
     if "-c" in arguments[: _first_positional(arguments) + 1]:
         return "its program was given with python -c"
-    if not hasattr(main, "__file__"):
+    if not Path(getattr(main, "__file__", None) or "<stdin>").exists():
         return "its program came from standard input"
     return None
 

@@ -1,0 +1,112 @@
+"""What may be imported, in fresh interpreters: this one has torch already."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import importlib_metadata
+import pytest
+
+#: Of what decides what to run, everything; the rest of the core may use torch.
+TORCH_FREE = [
+    "torchweft",
+    "torchweft.errors",
+    "torchweft.specs",
+    "torchweft.options",
+    "torchweft.handoff",
+    "torchweft.rank",
+    "torchweft.known",
+    "torchweft.hookspecs",
+    "torchweft.faults",
+    "torchweft.discovery",
+    "torchweft.manager",
+    "torchweft.catalog",
+    "torchweft.request",
+    "torchweft.plan",
+    "torchweft.topology",
+    "torchweft.detection",
+    "torchweft.missing",
+    "torchweft.resolve",
+    "torchweft.process",
+    "torchweft.cli",
+]
+
+HOOKS = sorted(
+    {entry_point.value for entry_point in importlib_metadata.entry_points(group="torchweft")}
+)
+
+
+def modules_after(code: str) -> set[str]:
+    """What is in ``sys.modules`` of a fresh interpreter that ran ``code``."""
+    report = (
+        "import atexit, json, sys\n"
+        "atexit.register(lambda: sys.stderr.write(json.dumps(sorted(sys.modules))))\n"
+    )
+    environ = {name: v for name, v in os.environ.items() if not name.startswith("TORCHWEFT_")}
+    done = subprocess.run(
+        [sys.executable, "-c", report + code],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+        env=environ,
+    )
+    return set(json.loads(done.stderr))
+
+
+def test_the_installed_plugins_are_known() -> None:
+    assert "torchweft.builtin.hooks" in HOOKS
+    assert "torchweft_cuda.hooks" in HOOKS
+
+
+def test_a_fresh_interpreter_can_import_torch() -> None:
+    """So that its absence below says something."""
+    assert "torch" in modules_after("import torch")
+
+
+@pytest.mark.parametrize("module", [*TORCH_FREE, *HOOKS])
+def test_declaring_and_deciding_import_no_torch(module: str) -> None:
+    loaded = modules_after(f"import {module}")
+    assert module in loaded
+    assert loaded.isdisjoint({"torch", "numpy"})
+
+
+def test_asking_every_probe_and_making_a_plan_imports_no_torch() -> None:
+    loaded = modules_after(
+        "import os\n"
+        "from torchweft.catalog import Catalog\n"
+        "from torchweft.manager import Manager\n"
+        "from torchweft.request import RunRequest\n"
+        "from torchweft.resolve import resolve\n"
+        "manager = Manager.from_entry_points(os.environ)\n"
+        "catalog = Catalog(manager.declared)\n"
+        "assert catalog.rows() and not catalog.broken\n"
+        "request = RunRequest.parse(accelerator='cpu', strategy='ddp', devices=2)\n"
+        "plan = resolve(request.with_environment(os.environ, catalog), catalog,\n"
+        "               environ=os.environ, objections=manager.objections)\n"
+        "assert plan.topology.world_size == 2\n"
+    )
+    assert "torchweft_cuda.hooks" in loaded
+    assert loaded.isdisjoint({"torch", "numpy"})
+
+
+def test_listing_the_plugins_imports_no_torch() -> None:
+    loaded = modules_after("from torchweft.cli import main\nmain(['plugins'])")
+    assert "torchweft.cli.plugins" in loaded
+    assert loaded.isdisjoint({"torch", "numpy"})
+
+
+def test_fabric_brings_nothing_that_is_needed_later_alone() -> None:
+    loaded = modules_after("from torchweft import Fabric")
+    assert {"torch", "torchweft.fabric"} <= loaded
+    assert loaded.isdisjoint(
+        {"click", "rich", "torch._dynamo", "torch.distributed.checkpoint", "importlib_metadata"}
+    )
+
+
+def test_torchweft_itself_brings_little() -> None:
+    loaded = modules_after("import torchweft")
+    assert loaded.isdisjoint({"click", "rich", "importlib_metadata", "torchweft.resolve"})
