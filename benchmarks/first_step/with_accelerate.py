@@ -20,7 +20,7 @@ def main():
     if accelerator.is_main_process:
         Path(sys.argv[1]).write_text(repr(time.time()))
     accelerator.wait_for_everyone()
-    # What follows is not timed, and the destructors of the group abort one run in twenty.
+    # What follows is not timed, and the destructors of the group abort now and then.
     os._exit(0)
 
 

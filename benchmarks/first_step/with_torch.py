@@ -21,7 +21,7 @@ def main():
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(repr(time.time()))
     dist.barrier()
-    # What follows is not timed, and the destructors of the group abort one run in twenty.
+    # What follows is not timed, and the destructors of the group abort now and then.
     os._exit(0)
 
 

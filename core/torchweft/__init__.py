@@ -16,8 +16,15 @@ if TYPE_CHECKING:
     from torchweft.seed import seed_everything
     from torchweft.wrappers import is_wrapped
 
-__all__ = ["Fabric", "TorchweftError", "__version__", "hookimpl", "is_wrapped", "seed_everything",
-           "shard"]
+__all__ = [
+    "Fabric",
+    "TorchweftError",
+    "__version__",
+    "hookimpl",
+    "is_wrapped",
+    "seed_everything",
+    "shard",
+]
 
 __version__ = "0.1.0"
 

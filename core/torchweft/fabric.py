@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,10 +27,14 @@ from torchweft.manager import Manager
 from torchweft.plan import RunPlan
 from torchweft.request import RunRequest
 from torchweft.resolve import resolve
-from torchweft.seed import seed_everything
+from torchweft.seed import Streams, seed_everything
 from torchweft.wrappers import FabricModule, FabricOptimizer, wrap_optimizer
+from torchweft.wrappers.module import split_compiled
 
 __all__ = ["Fabric"]
+
+#: Attributes of a Fabric that belong to one process.
+_LIVE = ("_manager", "_parts", "_live", "_modules", "_originals")
 
 
 class Fabric:
@@ -73,15 +79,14 @@ class Fabric:
             "precision": precision,
             "launcher": launcher,
         }
-        self._given, modules = sort_plugins(plugins)
+        self._given, self._hooks = sort_plugins(plugins)
         for kind, value in named.items():
             named[kind] = self._take_object(kind, value)
-        self._hook_modules = [module.__name__ for module in modules]
         request = RunRequest.parse(**named, devices=devices, num_nodes=num_nodes)
         self._manager = self._load_plugins()
         catalog = Catalog(self._manager.declared)
         self._plan = resolve(
-            request.with_environment(os.environ),
+            request.with_environment(os.environ, catalog),
             catalog,
             environ=os.environ,
             given={kind: entry_for(kind, value, catalog) for kind, value in self._given.items()},
@@ -91,13 +96,16 @@ class Fabric:
         self._callbacks = _listed(callbacks)
         self._loggers = _listed(loggers)
         self._made_in = os.getpid()
+        self._seed = 0
+        self._streams: Streams | None = None
         self._reset()
 
     def _reset(self) -> None:
         self._live: worker.Live | None = None
         self._launched = False
         self._backward_open = [False]
-        self._modules: weakref.WeakSet[FabricModule] = weakref.WeakSet()
+        # In the order in which they were set up, which decides names in checkpoints.
+        self._modules: weakref.WeakKeyDictionary[FabricModule, None] = weakref.WeakKeyDictionary()
         self._originals: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def _take_object(self, kind: str, value: Any) -> Any:
@@ -124,20 +132,21 @@ class Fabric:
 
     def _load_plugins(self) -> Manager:
         manager = Manager.from_entry_points(os.environ)
-        for name in self._hook_modules:
-            manager.add_module(sys.modules.get(name) or importlib.import_module(name))
+        for module in self._hooks:
+            manager.add_module(module)
         return manager
 
     # -- pickling: a rank in a fresh process builds its own objects from the plan ----------------
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        for live in ("_manager", "_parts", "_live", "_modules", "_originals"):
-            state.pop(live, None)
+        state = {name: value for name, value in self.__dict__.items() if name not in _LIVE}
+        state["_hooks"] = [_importable(module) for module in self._hooks]
+        state["_streams"] = Streams.capture()
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._hooks = [importlib.import_module(name) for name in state["_hooks"]]
         self._manager = self._load_plugins()
         self._parts = worker.Parts.build(self._plan, self._given)
         self._reset()
@@ -146,18 +155,20 @@ class Fabric:
         """What a fresh process must be given, by the words of an error message."""
         for kind, value in self._given.items():
             yield f"the {kind} {type(value).__name__}", value
+        for module in self._hooks:
+            if sys.modules.get(module.__name__) is not module:
+                yield f"the module '{module.__name__}' of plugins=", module
         for callback in self._callbacks:
             yield f"the callback {type(callback).__name__}", callback
         for logger in self._loggers:
             yield f"the logger {type(logger).__name__}", logger
-        for name, value in self.__getstate__().items():
-            yield f"the attribute '{name}' of {type(self).__name__}", value
+        for name, value in self.__dict__.items():
+            if name not in (*_LIVE, "_hooks"):
+                yield f"the attribute '{name}' of {type(self).__name__}", value
 
     # -- processes -------------------------------------------------------------------------------
 
-    def launch(
-        self, function: Callable[..., Any] | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
+    def launch(self, function: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         """Make the processes of the plan.
 
         Without a function: returns in every rank, and only there; everything above the call ran
@@ -169,32 +180,28 @@ class Fabric:
             Misuse: when called twice, or where the launcher cannot do it, with the way out.
         """
         launcher = self._parts.launcher
-        if function is None:
-            if self._launched:
-                raise Misuse(
-                    "fabric.launch() was called twice; remove the second call, this process is "
-                    f"already rank {self.global_rank} of {self.world_size}"
-                )
-            launcher.launch(
-                self._plan, None, (), fork_hazard=self._parts.accelerator.fork_hazard
-            )
-            self._join(stay=True)
-            return None
-        if not callable(function):
+        hazard = self._parts.accelerator.fork_hazard
+        if function is not None:
+            _check_takes_fabric(function, args, kwargs)
+            arguments = (self, function, args, kwargs)
+            return launcher.launch(self._plan, _in_rank, arguments, fork_hazard=hazard)
+        if args or kwargs:
             raise InvalidRequest(
-                f"fabric.launch({function!r}) was given a {type(function).__name__}; it takes a "
-                "function, whose first argument is the Fabric"
+                "fabric.launch() was given arguments without a function to pass them to; write "
+                "fabric.launch(function, ...)"
             )
-        _check_takes_fabric(function)
-        return launcher.launch(
-            self._plan,
-            _in_rank,
-            (self, function, args, kwargs),
-            fork_hazard=self._parts.accelerator.fork_hazard,
-        )
+        if self._launched:
+            raise Misuse(
+                "fabric.launch() was called twice; remove the second call, this process is "
+                f"already rank {self.global_rank} of {self.world_size}"
+            )
+        launcher.launch(self._plan, None, (), fork_hazard=hazard)
+        if self._live is None:  # a plan of one process starts by itself where it is needed
+            self._join(stay=True)
+        self._launched = True
+        return None
 
     def _join(self, *, stay: bool) -> worker.Live:
-        self._launched = True
         self._live = worker.join(self._plan, self._parts, self._manager, os.environ)
         if stay:
             worker.stay(self._live, owned=self._parts.launcher.owns_ranks)
@@ -205,10 +212,13 @@ class Fabric:
         live = self._live
         if live is None:
             if self._plan.topology.world_size > 1:
+                how = "fabric.launch() right after Fabric(...)"
+                if self._plan.launcher.function == "required":
+                    how = "fabric.launch(function) and do this in the function"
                 raise Misuse(
-                    f"fabric.{caller} was called before fabric.launch(), and the plan has "
+                    f"fabric.{caller} came before fabric.launch(), and the plan has "
                     f"{self._plan.topology.world_size} processes ({self._plan.summary()}); call "
-                    "fabric.launch() right after Fabric(...)"
+                    f"{how}"
                 )
             live = self._join(stay=True)
         return live.run
@@ -306,9 +316,11 @@ class Fabric:
         *optimizers: Optimizer,
         scheduler: Any = None,
         move_to_device: bool = True,
+        _reapply_compile: bool = True,
     ) -> Any:
         """Make a model, its optimizers and a scheduler ready for the strategy.
 
+        A model from ``torch.compile`` is compiled again around what the strategy makes of it.
         Returns what was given, ready, in the same order: the model alone, or a tuple.
 
         Raises:
@@ -316,31 +328,32 @@ class Fabric:
             InvalidRequest: when something else was given.
         """
         run = self._run("setup()")
-        self._check_module(module)
+        self._check_module(run, module, "setup()")
         for optimizer in optimizers:
-            self._check_optimizer(optimizer)
-            _check_owner(module, optimizer)
-        prepared_module, prepared = self._prepare(
-            run, module, optimizers, scheduler, move_to_device
+            self._check_optimizer(optimizer, "setup()")
+            self._check_owner(run, module, optimizer)
+        model, prepared = self._prepare(
+            run, module, optimizers, scheduler, move_to_device, _reapply_compile
         )
         wrapped = [
-            wrap_optimizer(optimizer, run.strategy, [prepared_module.prepared])
+            wrap_optimizer(optimizer, run.strategy, self._owners(optimizer))
             for optimizer in prepared.optimizers
         ]
         if not wrapped and scheduler is None:
-            return prepared_module
-        scheduled = [] if scheduler is None else [prepared.scheduler]
-        return (prepared_module, *wrapped, *scheduled)
+            return model
+        return (model, *wrapped, *([] if scheduler is None else [prepared.scheduler]))
 
-    def setup_module(self, module: nn.Module, move_to_device: bool = True) -> Any:
+    def setup_module(
+        self, module: nn.Module, move_to_device: bool = True, _reapply_compile: bool = True
+    ) -> Any:
         """Make a model ready alone; its optimizers follow with ``setup_optimizers``.
 
         Raises ``Misuse`` where the strategy needs both together.
         """
         run = self._run("setup_module()")
         self._check_apart(run)
-        self._check_module(module)
-        return self._prepare(run, module, (), None, move_to_device)[0]
+        self._check_module(run, module, "setup_module()")
+        return self._prepare(run, module, (), None, move_to_device, _reapply_compile)[0]
 
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:
         """Make optimizers ready whose models were set up before; one alone, or a tuple."""
@@ -348,9 +361,11 @@ class Fabric:
         self._check_apart(run)
         if not optimizers:
             raise InvalidRequest("fabric.setup_optimizers() was called without an optimizer")
+        for optimizer in optimizers:
+            self._check_optimizer(optimizer, "setup_optimizers()")
+            self._check_owner(run, None, optimizer)
         wrapped = []
         for optimizer in optimizers:
-            self._check_optimizer(optimizer)
             ready = run.strategy.setup_optimizer(optimizer)
             self._originals.add(optimizer)
             wrapped.append(wrap_optimizer(ready, run.strategy, self._owners(ready)))
@@ -363,10 +378,16 @@ class Fabric:
         optimizers: tuple[Optimizer, ...],
         scheduler: Any,
         move_to_device: bool,
+        reapply_compile: bool,
     ) -> tuple[FabricModule, Any]:
-        converted = run.precision.convert_module(module)
+        inside, compile_again = split_compiled(module)
+        if not reapply_compile:
+            inside, compile_again = module, lambda prepared: prepared
+        converted = run.precision.convert_module(inside)
         if move_to_device:
             converted = converted.to(run.device)
+        for optimizer in optimizers:
+            _follow_parameters(optimizer)
         prepared = run.strategy.setup(converted, optimizers, scheduler)
         wrapped = FabricModule(
             run.strategy.original(prepared.module),
@@ -374,13 +395,14 @@ class Fabric:
             run.strategy,
             run.precision,
             self._backward_open,
+            compile_again(prepared.module),
         )
-        self._modules.add(wrapped)
-        self._originals.update((module, *optimizers))
+        self._modules[wrapped] = None
+        self._originals.update((module, inside, *optimizers))
         return wrapped, prepared
 
     def _owners(self, optimizer: Optimizer) -> list[nn.Module]:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        held = _parameters_of(optimizer)
         return [m.prepared for m in self._modules if any(id(p) in held for p in m.parameters())]
 
     def _check_apart(self, run: Run) -> None:
@@ -391,19 +413,26 @@ class Fabric:
                 f"apart: {reason}; use fabric.setup(model, optimizer)"
             )
 
-    def _check_module(self, module: Any) -> None:
+    def _check_can(self, run: Run, capability: str, what: str) -> None:
+        reason = run.strategy.cannot.get(capability)
+        if reason:
+            raise Misuse(f"strategy '{self._plan.strategy.name}' cannot {what}: {reason}")
+
+    def _check_module(self, run: Run, module: Any, caller: str) -> None:
         if not isinstance(module, nn.Module):
             raise InvalidRequest(
-                f"fabric.setup() was given a {type(module).__name__} where the model belongs; "
-                "write fabric.setup(model, optimizer)"
+                f"fabric.{caller} was given {_described(module)} where the model belongs; write "
+                "fabric.setup(model, optimizer)"
             )
         if isinstance(module, FabricModule) or module in self._originals:
             raise Misuse(
                 f"this {_name(module)} was already set up; use what fabric.setup() returned, "
                 "and set every model up once"
             )
+        if len(self._modules):
+            self._check_can(run, "several_modules", "set up a second model")
 
-    def _check_optimizer(self, optimizer: Any) -> None:
+    def _check_optimizer(self, optimizer: Any, caller: str) -> None:
         if isinstance(optimizer, FabricOptimizer) or optimizer in self._originals:
             raise Misuse(
                 f"this {_name(optimizer)} was already set up; use what fabric.setup() returned, "
@@ -411,8 +440,30 @@ class Fabric:
             )
         if not isinstance(optimizer, Optimizer):
             raise InvalidRequest(
-                f"fabric.setup() was given a {type(optimizer).__name__} where an optimizer "
-                "belongs; a scheduler is passed as scheduler="
+                f"fabric.{caller} was given {_described(optimizer)} where an optimizer belongs; "
+                "optimizers are passed one by one, and a scheduler as scheduler="
+            )
+
+    def _check_owner(self, run: Run, module: nn.Module | None, optimizer: Optimizer) -> None:
+        """Whether the models that are set up by then hold the optimizer's parameters."""
+        models = [*self._modules, *([] if module is None else [module])]
+        owned = {id(parameter) for model in models for parameter in model.parameters()}
+        mine = owned if module is None else {id(parameter) for parameter in module.parameters()}
+        held = _parameters_of(optimizer)
+        if held and not mine.intersection(held):
+            what = "a model that was set up" if module is None else _name(module)
+            raise InvalidRequest(
+                f"{_name(optimizer)} holds no parameter of {what}; make the optimizer from the "
+                "parameters of the model, and set up the model with it or before it"
+            )
+        foreign = [parameter for key, parameter in held.items() if key not in owned]
+        # Alone, nobody has to synchronise them.
+        if foreign and run.rank.world_size > 1:
+            raise InvalidRequest(
+                f"{_name(optimizer)} holds {len(foreign)} parameter(s) that belong to no model "
+                f"that was set up, the first of shape {tuple(foreign[0].shape)}; their gradients "
+                "would differ between the processes: make them part of the model, or set up their "
+                "model before"
             )
 
     def setup_dataloaders(
@@ -438,6 +489,7 @@ class Fabric:
                 move=strategy.move if move_to_device else None,
                 boundary=strategy.batch_boundary if has_boundary else None,
                 use_distributed_sampler=use_distributed_sampler,
+                seed=self._seed,
             )
             for loader in loaders
         ]
@@ -445,21 +497,19 @@ class Fabric:
 
     # -- the step --------------------------------------------------------------------------------
 
-    def backward(
-        self, tensor: Tensor, *args: Any, model: Any = None, **kwargs: Any
-    ) -> None:
+    def backward(self, tensor: Tensor, *args: Any, model: Any = None, **kwargs: Any) -> None:
         """In place of ``tensor.backward()``; ``args`` are its own.
 
         ``model``: which set-up model the loss came from, for strategies that must know.
         """
         live = self._live
         run = live.run if live is not None else self._run("backward()")
+        if model is not None:
+            model = self._set_up(model, FabricModule, "backward(model=)").prepared
         opened = self._backward_open
         opened[0] = True
         try:
-            run.strategy.backward(
-                tensor, None if model is None else model.prepared, *args, **kwargs
-            )
+            run.strategy.backward(tensor, model, *args, **kwargs)
         finally:
             opened[0] = False
 
@@ -476,7 +526,8 @@ class Fabric:
 
         Call between ``backward`` and ``step``. Returns the norm before clipping, a scalar tensor
         on the device, or None when clipping by value. ``error_if_nonfinite`` None: an error where
-        looking at the norm costs no transfer from a device.
+        looking at the norm costs no transfer from a device, and no loss is scaled, so that no
+        overflow is to be expected.
         """
         run = self._run("clip_gradients()")
         if (clip_val is None) == (max_norm is None):
@@ -486,8 +537,10 @@ class Fabric:
             )
         inside = self._set_up(optimizer, FabricOptimizer, "clip_gradients()").optimizer
         prepared = self._set_up(module, FabricModule, "clip_gradients()").prepared
+        if clip_val is not None:
+            self._check_can(run, "clip_by_value", "clip gradients by value (clip_val)")
         if error_if_nonfinite is None:
-            error_if_nonfinite = run.accelerator.host_memory
+            error_if_nonfinite = run.accelerator.host_memory and not run.precision.scales_loss
         run.precision.unscale(inside)
         return run.strategy.clip(
             prepared,
@@ -498,12 +551,12 @@ class Fabric:
             error_if_nonfinite=error_if_nonfinite,
         )
 
-    def no_backward_sync(
-        self, module: Any, enabled: bool = True
-    ) -> AbstractContextManager[Any]:
+    def no_backward_sync(self, module: Any, enabled: bool = True) -> AbstractContextManager[Any]:
         """Around forward and backward of all micro-batches of a step but the last."""
         run = self._run("no_backward_sync()")
         prepared = self._set_up(module, FabricModule, "no_backward_sync()").prepared
+        if enabled:
+            self._check_can(run, "no_backward_sync", "leave out the synchronisation of gradients")
         return run.strategy.accumulating(prepared, last=not enabled)
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -549,15 +602,19 @@ class Fabric:
     def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
         """Tensors, numbers or arrays of all processes, also in nested collections.
 
-        Each becomes a tensor of shape ``(processes, *shape)``.
+        Each becomes a tensor of shape ``(processes, *shape)``, and keeps its shape where there is
+        one process. Shapes must be the same in all processes.
         """
         run = self._run("all_gather()")
         return gather_data(run, data, group, sync_grads)
 
-    def all_reduce(self, data: Any, group: Any = None, reduce_op: str = "mean") -> Any:
+    def all_reduce(self, data: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Tensors, numbers or arrays of all processes reduced, also in nested collections.
 
-        ``reduce_op``: ``"mean"`` (also ``"avg"``), ``"sum"``, ``"min"``, ``"max"``, ``"product"``.
+        Tensors are changed in place, except where their dtype cannot hold the result, as with the
+        mean of integers; what is returned is right either way. ``reduce_op``: ``"mean"`` (also
+        ``"avg"``), ``"sum"``, ``"min"``, ``"max"``, ``"product"``, or the one of
+        ``torch.distributed.ReduceOp``.
         """
         run = self._run("all_reduce()")
         return reduce_data(run, data, group, reduce_op)
@@ -574,13 +631,15 @@ class Fabric:
         if first:
             run.collectives.barrier()
 
-    def seed_everything(self, seed: int | None = None, workers: bool = True) -> int:
+    def seed_everything(
+        self, seed: int | None = None, workers: bool | None = None, verbose: bool = True
+    ) -> int:
         """Seed Python's, NumPy's and torch's generators; see ``torchweft.seed_everything``.
 
-        Workers of set-up loaders always get streams of their own; ``workers`` is accepted so
-        that scripts written for Lightning Fabric run.
+        The order of shuffled data in the loaders that are set up afterwards follows it too.
         """
-        return seed_everything(seed)
+        self._seed = seed_everything(seed, workers, verbose)
+        return self._seed
 
     # -- checkpoints -----------------------------------------------------------------------------
 
@@ -659,7 +718,7 @@ class Fabric:
         """Give numbers by name to every logger, on rank 0."""
         if not self.is_global_zero:
             return
-        plain = {k: v.item() if isinstance(v, Tensor) else v for k, v in metrics.items()}
+        plain = {name: _number(name, value) for name, value in metrics.items()}
         for logger in self._loggers:
             logger.log_metrics(metrics=plain, step=step)
 
@@ -671,11 +730,17 @@ def _in_rank(
     kwargs: Mapping[str, Any],
 ) -> Any:
     """What ``launch(function)`` runs in every rank."""
-    if os.getpid() == fabric._made_in:
+    launched, fabric._launched = fabric._launched, True
+    if fabric._live is not None or os.getpid() == fabric._made_in:
         # No process was made: this one goes on afterwards, and leaves the run when it ends.
-        if fabric._live is None:
-            fabric._join(stay=True)
-        return function(fabric, *args, **kwargs)
+        try:
+            if fabric._live is None:
+                fabric._join(stay=True)
+            return function(fabric, *args, **kwargs)
+        finally:
+            fabric._launched = launched
+    if fabric._streams is not None:
+        fabric._streams.restore()
     live = fabric._join(stay=False)
     try:
         result = function(fabric, *args, **kwargs)
@@ -687,32 +752,62 @@ def _in_rank(
     return result
 
 
-def _check_takes_fabric(function: Callable[..., Any]) -> None:
-    import inspect
-
+def _check_takes_fabric(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    if not callable(function):
+        raise InvalidRequest(
+            f"fabric.launch({function!r}) was given a {type(function).__name__}; it takes a "
+            "function, whose first argument is the Fabric"
+        )
     try:
-        parameters = inspect.signature(function).parameters
+        signature = inspect.signature(function)
     except (TypeError, ValueError):  # a callable of C has no signature to look at
         return
-    if not parameters:
+    if not signature.parameters:
         raise InvalidRequest(
             f"fabric.launch({_name(function)}) calls the function with the Fabric as its first "
-            "argument, and it takes none; write def "
-            f"{getattr(function, '__name__', 'train')}(fabric): …"
+            f"argument, and it takes none; write def {_name(function)}(fabric): …"
         )
-
-
-def _check_owner(module: nn.Module, optimizer: Optimizer) -> None:
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if held and not any(id(parameter) in held for parameter in module.parameters()):
+    try:
+        signature.bind(None, *args, **kwargs)
+    except TypeError as error:
         raise InvalidRequest(
-            f"{_name(optimizer)} holds no parameter of {_name(module)}; make the optimizer from "
-            "the parameters of the model that it is set up with"
-        )
+            f"fabric.launch() cannot call {_name(function)}{signature} with the Fabric and the "
+            f"arguments given behind the function: {error}"
+        ) from None
+
+
+def _importable(module: ModuleType) -> str:
+    if sys.modules.get(module.__name__) is not module:
+        raise TypeError(f"'{module.__name__}' cannot be imported by that name")
+    return module.__name__
+
+
+def _parameters_of(optimizer: Optimizer) -> dict[int, Tensor]:
+    return {id(p): p for group in optimizer.param_groups for p in group["params"]}
+
+
+def _follow_parameters(optimizer: Optimizer) -> None:
+    """Bring the state of an optimizer, where there is one already, to where parameters went."""
+    for parameter, state in optimizer.state.items():
+        for value in state.values():
+            # Single numbers stay on the host, as torch has them.
+            if isinstance(value, Tensor) and value.numel() > 1 and not _alike(value, parameter):
+                # torch's own rules for which parts of a state go along.
+                optimizer.load_state_dict(optimizer.state_dict())
+                return
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.device == other.device and (one.dtype == other.dtype or not one.is_floating_point())
 
 
 def _name(value: Any) -> str:
+    """A function's or a class's own name, and of everything else that of its class."""
     return str(getattr(value, "__name__", None) or type(value).__name__)
+
+
+def _described(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {_name(value)}"
 
 
 def _listed(value: Any) -> list[Any]:
@@ -720,3 +815,13 @@ def _listed(value: Any) -> list[Any]:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]
 
+
+def _number(name: str, value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    if value.numel() != 1:
+        raise InvalidRequest(
+            f"the metric '{name}' is a tensor of shape {tuple(value.shape)}, and loggers take "
+            "single numbers; reduce it first, for example by .mean()"
+        )
+    return value.item()

@@ -84,9 +84,12 @@ def report(failures: Sequence[Failure], world_size: int) -> RankFailed:
     first = first_failure(failures)
     lines = [f"rank {first.rank} of {world_size} failed: {first.cause()}"]
     others = [f for f in failures if f is not first]
-    if others:
-        told = "; ".join(f"rank {f.rank}: {_brief(f.cause())}" for f in others)
-        lines.append(f"after it: {told}")
+    same = [str(f.rank) for f in others if f.cause() == first.cause()]
+    if same:
+        lines.append(f"and so did rank {', '.join(same)}")
+    told = [f"rank {f.rank}: {_brief(f.cause())}" for f in others if f.cause() != first.cause()]
+    if told:
+        lines.append(f"after it: {'; '.join(told)}")
     if first.trace:
         lines += ["", first.trace.rstrip()]
     return RankFailed("\n".join(lines), rank=first.rank, exit_status=first.exit_status or 1)

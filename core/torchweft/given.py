@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 from torchweft.api import Accelerator, Launcher, Precision, Strategy
 from torchweft.catalog import Catalog, Entry
 from torchweft.errors import InvalidRequest
-from torchweft.specs import AcceleratorSpec, LauncherSpec, PrecisionSpec, StrategySpec
+from torchweft.specs import AcceleratorSpec, LauncherSpec, PrecisionSpec, Spec, StrategySpec
 
 __all__ = ["entry_for", "kind_of", "sort_plugins"]
 
@@ -28,20 +30,29 @@ def kind_of(value: Any) -> str | None:
 
 def entry_for(kind: str, value: Any, catalog: Catalog) -> Entry:
     """The spec whose target is the object's class or its nearest base, or an anonymous one."""
-    by_target = {entry.spec.target: entry for entry in catalog.entries(kind)}
+    entries = catalog.entries(kind)
     for cls in type(value).__mro__:
-        entry = by_target.get(f"{cls.__module__}:{cls.__qualname__}")
-        if entry is not None:
-            return entry
+        for entry in entries:
+            if _loaded(entry.spec.target) is cls:
+                return entry
     return Entry(spec=_anonymous(kind, value), provider=f"the class {type(value).__qualname__}")
 
 
-def _anonymous(kind: str, value: Any) -> Any:
-    cls = type(value)
-    common = {
-        "name": getattr(cls, "name", "") or cls.__qualname__.lower(),
+def _loaded(target: str) -> Any:
+    """What a target names, if its module was imported; a class whose object exists was."""
+    module, _, attribute = target.partition(":")
+    found: Any = sys.modules.get(module)
+    for part in attribute.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+def _anonymous(kind: str, value: Any) -> Spec:
+    cls: Any = type(value)
+    common: dict[str, Any] = {
+        "name": getattr(cls, "name", "") or cls.__name__.lower(),
         "target": f"{cls.__module__}:{cls.__qualname__}",
-        "summary": (cls.__doc__ or "").strip().split("\n")[0],
+        "summary": (inspect.getdoc(cls) or "").split("\n")[0],
     }
     if kind == "accelerator":
         # Without a spec nothing names the device type; torch's word for it is the class's name.

@@ -25,6 +25,7 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, NoReturn
 
+from torchweft.errors import TorchweftError
 from torchweft.handoff import VARIABLE, Handoff
 from torchweft.rank import RankInfo
 
@@ -181,19 +182,24 @@ def record_failure(error: BaseException) -> None:
 
 
 def format_error(error: BaseException) -> str:
-    """The traceback as Python prints it, without the frames that led into user code."""
-    trimmed = _trim(error.__traceback__)
-    return "".join(traceback.format_exception(type(error), error, trimmed))
+    """The traceback as Python prints it, without the frames that led into user code.
+
+    Of an error that torchweft raises on purpose, the frames inside torchweft tell nothing more
+    than the message, and are left out too.
+    """
+    told = traceback.TracebackException.from_exception(error)
+    ours = [_is_ours(frame) for frame in told.stack]
+    if False in ours:
+        start = ours.index(False)
+        stop = len(ours)
+        if isinstance(error, TorchweftError):
+            stop -= ours[::-1].index(False)
+        told.stack[:] = told.stack[start:stop]
+    return "".join(told.format())
 
 
-def _trim(trace: TracebackType | None) -> TracebackType | None:
-    step = trace
-    while step is not None:
-        name = step.tb_frame.f_code.co_filename
-        if not name.startswith((_PACKAGE, "<frozen")) and "multiprocessing" not in name:
-            return step
-        step = step.tb_next
-    return trace
+def _is_ours(frame: traceback.FrameSummary) -> bool:
+    return frame.filename.startswith((_PACKAGE, "<frozen")) or "multiprocessing" in frame.filename
 
 
 def failed() -> bool:

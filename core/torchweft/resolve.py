@@ -14,11 +14,19 @@ from typing import Any
 from torchweft.catalog import Catalog, Entry, narrower, probe
 from torchweft.detection import detect
 from torchweft.errors import IncompatiblePlan, InvalidRequest, NameClash, NotAvailable
+from torchweft.misfits import launcher_misfits, misfits, strategy_misfits
 from torchweft.missing import clashing, package_to_install, unknown_name
 from torchweft.options import check_options
 from torchweft.plan import Decision, Rejected, RunPlan, Topology
 from torchweft.request import RunRequest
-from torchweft.specs import Availability, LauncherSpec, Preset, StrategySpec, load_target
+from torchweft.specs import (
+    AcceleratorSpec,
+    Availability,
+    LauncherSpec,
+    Preset,
+    StrategySpec,
+    load_target,
+)
 from torchweft.topology import Site
 
 __all__ = ["resolve"]
@@ -92,13 +100,16 @@ class _Resolver:
         )
         named = self._named("strategy") is not None
         strategy: Any = self._choose(
-            "strategy", lambda spec: self._against_strategy(spec, site.topology(spec, named=named))
+            "strategy",
+            lambda spec: strategy_misfits(spec, accelerator, site.topology(spec, named=named)),
         )
         topology = site.topology(strategy, named=named)
         site.check_started(topology, strategy)
-        precision: Any = self._choose("precision", self._misfits)
+        precision: Any = self._choose(
+            "precision", lambda spec: misfits(spec, accelerator, strategy)
+        )
         preset = strategy.preset(self.request.strategy or "")
-        launcher = self._choose_launcher(strategy, preset, topology)
+        launcher = self._choose_launcher(accelerator, strategy, preset, topology)
         plan = RunPlan(
             accelerator=accelerator,
             strategy=strategy,
@@ -159,7 +170,7 @@ class _Resolver:
             candidates = (e for e in self.catalog.entries(kind) if e.spec.priority is not None)
         sifted = self._sift(candidates, objections)
         if not sifted.usable:
-            raise self._nothing_usable(kind, wanted, sifted, objections)
+            raise self._nothing_usable(kind, wanted, why if name else "", sifted, objections)
         if wanted is None:
             entry, why = self._best(kind, sifted.usable)
         else:
@@ -249,7 +260,7 @@ class _Resolver:
         return kept[0], f"highest priority of {len(entries)} that can be used"
 
     def _nothing_usable(
-        self, kind: str, wanted: str | None, sifted: _Sifted, objections: _Objections
+        self, kind: str, wanted: str | None, why: str, sifted: _Sifted, objections: _Objections
     ) -> NotAvailable | IncompatiblePlan:
         said = "; ".join(rejected.sentence() for rejected in sifted.rejected)
         missing = package_to_install(kind, wanted, self.catalog)
@@ -263,58 +274,26 @@ class _Resolver:
         )
         names = sorted({entry.spec.name for entry in others.usable})
         instead = f"; what can be used: {', '.join(names)}" if names else ""
-        message = f"{self._asked(kind, wanted)} cannot be used here: {said}{missing}{instead}"
+        asked = self._asked(kind, wanted) + (f" ({why})" if why else "")
+        message = f"{asked} cannot be used here: {said}{missing}{instead}"
         return kind_of_error(message)
-
-    # -- objections ----------------------------------------------------------------------------
-
-    def _misfits(self, spec: Any) -> list[str]:
-        """Why a spec does not go with what was decided before it."""
-        accelerator: Any = self.decisions["accelerator"].spec
-        earlier = [(accelerator, "device", accelerator.device, spec.devices)]
-        if "strategy" in self.decisions:
-            strategy = self.decisions["strategy"].spec
-            earlier.append((strategy, "strategy", strategy.name, spec.strategies))
-        sentences = []
-        for decided, word, name, served in earlier:
-            if served and name not in served:
-                sentences.append(f"it does not serve {word} '{name}', only {_quoted(served)}")
-            elif not served and spec.kind in decided.exclusive:
-                sentences.append(
-                    f"{decided.kind} '{decided.name}' takes only a {spec.kind} made for it"
-                )
-        return sentences
-
-    def _against_strategy(self, spec: StrategySpec, topology: Topology) -> list[str]:
-        sentences = self._misfits(spec)
-        devices = len(topology.devices) * topology.max_nodes
-        if spec.processes == "one" and devices > 1:
-            sentences.append(f"it runs one process on one device, and there are {devices} to use")
-        return sentences
-
-    def _against_launcher(self, spec: LauncherSpec, topology: Topology) -> list[str]:
-        sentences = self._misfits(spec)
-        if spec.processes == "one" and topology.world_size > 1:
-            sentences.append(f"it makes one process, and the plan has {topology.world_size}")
-        elif spec.nodes == "one" and topology.max_nodes > 1:
-            sentences.append(
-                f"it starts processes on this node alone, and the plan has {topology.max_nodes} "
-                "nodes; start the script with 'torchweft run --num-nodes … --devices …'"
-            )
-        if spec.processes == "many" and topology.world_size == 1:
-            sentences.append("the plan has one process, which needs no launcher")
-        if spec.outside and (self.detected.entry is None or self.detected.entry.spec != spec):
-            sentences.append("it starts the script from outside, and did not start this one")
-        sentences.extend(r.reason for r in self.detected.failed if r.name == spec.name)
-        return sentences
 
     # -- launcher ------------------------------------------------------------------------------
 
     def _choose_launcher(
-        self, strategy: StrategySpec, preset: Preset | None, topology: Topology
+        self,
+        accelerator: AcceleratorSpec,
+        strategy: StrategySpec,
+        preset: Preset | None,
+        topology: Topology,
     ) -> LauncherSpec:
+        detected = self.detected.entry.spec if self.detected.entry else None
+
         def objections(spec: LauncherSpec) -> list[str]:
-            return self._against_launcher(spec, topology)
+            failed = [r.reason for r in self.detected.failed if r.name == spec.name]
+            return failed + launcher_misfits(
+                spec, accelerator, strategy, topology, detected=detected
+            )
 
         asked = self._named("launcher")
         wished = preset.launcher if preset else None
@@ -381,10 +360,6 @@ class _Resolver:
 
 def _narrowest(entries: list[Entry]) -> list[Entry]:
     return [a for a in entries if not any(narrower(b.spec, a.spec) for b in entries)]
-
-
-def _quoted(names: Iterable[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names)
 
 
 def _written(options: Mapping[str, Any]) -> str:

@@ -2,40 +2,59 @@
 
 from __future__ import annotations
 
-import os
 import random
+from dataclasses import dataclass
+from typing import Any
 
 import numpy
 import torch
 
 from torchweft.errors import InvalidRequest
 
-__all__ = ["SEED_VARIABLE", "seed_everything"]
-
-#: Read when no seed is given, and set, so that programs that a rank starts use the same seed.
-SEED_VARIABLE = "TORCHWEFT_SEED"
+__all__ = ["Streams", "seed_everything"]
 
 _LARGEST = 2**32 - 1
 
 
-def seed_everything(seed: int | None = None) -> int:
+def seed_everything(
+    seed: int | None = None, workers: bool | None = None, verbose: bool = True
+) -> int:
     """Seed Python's, NumPy's and torch's generators (all devices) and return the seed.
 
-    ``seed``: 0 to 2**32 - 1; None takes the environment variable ``TORCHWEFT_SEED``, or 0. The
-    streams are the same in every rank; a loader's workers get streams of their own.
+    ``seed``: 0 to 2**32 - 1; None is 0. The streams are the same in every rank; the workers of
+    loaders that were set up get streams of their own. ``workers`` and ``verbose`` are accepted so
+    that scripts written for Lightning Fabric run, and change nothing.
+
+    Raises ``InvalidRequest`` for a seed that NumPy cannot take.
     """
-    if seed is None:
-        text = os.environ.get(SEED_VARIABLE, "0")
-        if not text.isdigit():
-            raise InvalidRequest(
-                f"the environment variable {SEED_VARIABLE} is '{text}'; it takes a whole number "
-                f"from 0 to {_LARGEST}"
-            )
-        seed = int(text)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= _LARGEST:
+    chosen = 0 if seed is None else seed
+    if isinstance(chosen, bool) or not isinstance(chosen, int) or not 0 <= chosen <= _LARGEST:
         raise InvalidRequest(f"seed={seed!r} is not a whole number from 0 to {_LARGEST}")
-    os.environ[SEED_VARIABLE] = str(seed)
-    random.seed(seed)
-    numpy.random.seed(seed)
-    torch.manual_seed(seed)
-    return seed
+    random.seed(chosen)
+    numpy.random.seed(chosen)
+    torch.manual_seed(chosen)
+    return chosen
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Streams:
+    """Where the host's random streams stand: a fresh process goes on as a forked one does."""
+
+    python: Any
+    numpy: Any
+    torch: Any
+
+    @classmethod
+    def capture(cls) -> Streams:
+        """Those of this process."""
+        return cls(
+            python=random.getstate(),
+            numpy=numpy.random.get_state(),
+            torch=torch.get_rng_state().numpy(),
+        )
+
+    def restore(self) -> None:
+        """Make them this process's."""
+        random.setstate(self.python)
+        numpy.random.set_state(self.numpy)
+        torch.set_rng_state(torch.from_numpy(self.torch))

@@ -28,6 +28,7 @@ TORCH_FREE = [
     "torchweft.plan",
     "torchweft.topology",
     "torchweft.detection",
+    "torchweft.misfits",
     "torchweft.missing",
     "torchweft.resolve",
     "torchweft.process",

@@ -481,6 +481,13 @@ def test_a_preset_and_another_launcher(world: World) -> None:
     assert "launcher 'fork' (TORCHWEFT_LAUNCHER) was asked for" in words
 
 
+def test_a_preset_whose_launcher_cannot_be_used(world: World) -> None:
+    assert refused(world, IncompatiblePlan, strategy="ddp_spawn", num_nodes=2).startswith(
+        f"launcher 'spawn' (strategy='ddp_spawn' needs it) cannot be used here: 'spawn' ({CORE}): "
+        "it starts processes on this node alone, and the plan has 2 nodes;"
+    )
+
+
 def test_a_preset_whose_launcher_nobody_declares(world: World) -> None:
     world.declare(
         StrategySpec(name="own", target="a:B", presets=(Preset(alias="own_x", launcher="x"),))

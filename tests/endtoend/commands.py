@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ import psutil
 import pytest
 
 SCRIPTS = Path(__file__).parent / "scripts"
+
+#: Inherited by everything that a command under test starts.
+MARK = "MARK_OF_THE_TEST"
 
 #: Left by whoever runs the tests; none of it is meant for the commands under test.
 _NOT_INHERITED = (
@@ -55,14 +59,15 @@ def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return environ
 
 
-def members(session: int) -> list[psutil.Process]:
-    """Every process of a session, whoever its parent is by now."""
+def members(mark: str) -> list[psutil.Process]:
+    """Every process that carries a mark in its environment, whoever its parent is by now."""
     found = []
     for process in psutil.process_iter():
         try:
-            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+            alive = process.status() != psutil.STATUS_ZOMBIE
+            if alive and process.environ().get(MARK) == mark:
                 found.append(process)
-        except (ProcessLookupError, psutil.NoSuchProcess):
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     return found
 
@@ -78,9 +83,10 @@ class Command:
         cwd: Path | None,
     ) -> None:
         self.started = time.monotonic()
+        self._mark = uuid.uuid4().hex
         self.popen = subprocess.Popen(
             list(command),
-            env=dict(environ),
+            env={**environ, MARK: self._mark},
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -90,7 +96,7 @@ class Command:
         )
 
     def processes(self) -> list[psutil.Process]:
-        return members(self.popen.pid)
+        return members(self._mark)
 
     def finish(self, timeout: float = 90, text: str | None = None) -> Result:
         """Wait for the end; a hang prints every rank's stacks and fails the test."""

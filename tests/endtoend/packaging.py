@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import venv
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import distribution
@@ -21,15 +21,17 @@ from shutil import copytree
 from typing import Any
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from torch import nn
 
 from tests.endtoend.commands import Result, clean_environment
 
 ROOT = Path(__file__).parents[2]
 THIRD_PARTY = ROOT / "tests" / "thirdparty"
 
-#: Prints "PATH" and who trained; see there.
+#: A script that trains and checks that all processes end with the same parameters.
 TRAIN = THIRD_PARTY / "train.py"
 
 _KEY = pytest.StashKey["Built"]()
@@ -182,12 +184,12 @@ class Fresh:
         """Install wheels by path, or by name from ``find_links``, dependencies checked."""
         places = [word for place in find_links for word in ("--find-links", str(place))]
         pip = [sys.executable, "-m", "pip", "--isolated", "--python", str(self.python)]
-        options = ["--no-index", "--no-cache-dir", "--disable-pip-version-check", "--no-compile"]
+        options = ["--no-index", "--no-cache-dir", "--disable-pip-version-check"]
         return _call(*pip, "install", *options, *places, *requirements)
 
     def environ(self, **extra: str) -> dict[str, str]:
         """For commands in this environment: nothing of the outer one leaks in by a variable."""
-        return {"PYTHONPATH": "", "PYTHONHOME": "", "CUDA_VISIBLE_DEVICES": "", **extra}
+        return {"PYTHONPATH": "", "CUDA_VISIBLE_DEVICES": "", **extra}
 
     def plugins(self, run: Callable[..., Result], **extra: str) -> Any:
         """What ``torchweft plugins --json`` says."""
@@ -202,6 +204,43 @@ def make_fresh(folder: Path, dependencies: Path) -> Fresh:
     (packages,) = folder.glob("lib/python3*/site-packages")
     (packages / "dependencies.pth").write_text(f"{dependencies}\n")
     return Fresh(folder=folder)
+
+
+# -- what training has to end with -------------------------------------------------------------
+
+
+def trained_alone() -> dict[str, torch.Tensor]:
+    """The parameters that TRAIN should end with, by a loop without torchweft."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(64, 6, dtype=torch.float64, generator=generator)
+    y = torch.randn(64, 3, dtype=torch.float64, generator=generator)
+    torch.manual_seed(1)
+    model = nn.Sequential(
+        nn.Linear(6, 16, dtype=torch.float64),
+        nn.Tanh(),
+        nn.Linear(16, 3, dtype=torch.float64),
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    for _ in range(2):
+        for first in range(0, 64, 8):
+            optimizer.zero_grad()
+            batch = slice(first, first + 8)
+            nn.functional.mse_loss(model(x[batch]), y[batch]).backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            # Otherwise nothing would be clipped, and a wrong norm would go unnoticed.
+            assert norm > 0.5
+            optimizer.step()
+    return model.state_dict()
+
+
+def distance(path: Path, expected: Mapping[str, torch.Tensor], ranks: int = 2) -> float:
+    """The largest difference between what TRAIN wrote and the ``expected`` parameters."""
+    saved = torch.load(path, weights_only=True)
+    assert saved["ranks"] == ranks
+    assert list(saved["model"]) == list(expected)
+    return max(
+        (saved["model"][name] - value).abs().max().item() for name, value in expected.items()
+    )
 
 
 def only(folder: Path, pattern: str) -> Path:

@@ -31,7 +31,9 @@ def check(result: Result, how: str, folder: Path) -> None:
         first = result.err.split("Traceback (most recent call last):\n")[1].splitlines()[0]
         assert "fail.py" in first
     # Rank 0 would have slept for ten minutes.
-    print(f"{how}: {ended - float((folder / 'time').read_text()):.2f} s from the failure to the end")
+    print(
+        f"{how}: {ended - float((folder / 'time').read_text()):.2f} s from the failure to the end"
+    )
 
 
 @pytest.mark.parametrize("how", ["raise", "kill", "exit", "os._exit"])

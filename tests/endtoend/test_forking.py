@@ -70,9 +70,7 @@ def test_random_streams_go_on(run, script) -> None:
 
 
 def test_unflushed_output_is_printed_once(run, script) -> None:
-    path = script(
-        "print('before')\nfabric = start()\nprint('after')\n"
-    )
+    path = script("print('before')\nfabric = start()\nprint('after')\n")
     result = run(sys.executable, path, environ={"PYTHONUNBUFFERED": ""})
     assert result.status == 0, result.err
     assert sorted(result.lines) == ["after", "after", "before"]

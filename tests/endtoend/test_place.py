@@ -30,7 +30,17 @@ def answers(result: Result) -> dict[int, Any]:
 @KINDS
 def test_argv_and_path(kind: list[str], run, tmp_path: Path) -> None:
     result = run(
-        *RUN, *kind, "--devices", "2", SCRIPT, "argv", "--lr", "0.1", "--", "--devices", "9",
+        *RUN,
+        *kind,
+        "--devices",
+        "2",
+        SCRIPT,
+        "argv",
+        "--lr",
+        "0.1",
+        "--",
+        "--devices",
+        "9",
         cwd=tmp_path,
     )
     expected = [
@@ -77,9 +87,7 @@ def test_threads_are_shared(kind: list[str], run) -> None:
 
 @KINDS
 def test_threads_as_the_user_says(kind: list[str], run) -> None:
-    result = run(
-        *RUN, *kind, "--devices", "2", SCRIPT, "threads", environ={"OMP_NUM_THREADS": "2"}
-    )
+    result = run(*RUN, *kind, "--devices", "2", SCRIPT, "threads", environ={"OMP_NUM_THREADS": "2"})
     assert answers(result) == {r: [2, "2"] for r in (0, 1)}
 
 

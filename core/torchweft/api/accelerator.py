@@ -55,12 +55,13 @@ class Accelerator(ABC):
         """State of the device's random generator, as ``set_rng_state`` takes it; None: no own."""
         return None
 
-    def set_rng_state(self, state: Any) -> None:
+    # Both need overriding only where there is something to do.
+    def set_rng_state(self, state: Any) -> None:  # noqa: B027
         """Restore what ``rng_state`` returned."""
 
     def memory(self) -> dict[str, int]:
         """Bytes in use on the bound device, by torch's names; empty where nothing is counted."""
         return {}
 
-    def synchronize(self) -> None:
+    def synchronize(self) -> None:  # noqa: B027
         """Wait until the device has done what was queued."""

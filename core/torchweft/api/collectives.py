@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,18 +33,24 @@ class Collectives(ABC):
 
     @abstractmethod
     def broadcast(self, value: Any, src: int = 0) -> Any:
-        """The ``value`` of rank ``src``, a tensor or any object that can be pickled."""
+        """The ``value`` of rank ``src``, a tensor or any object that can be pickled.
+
+        Tensors, also inside of objects, arrive without gradient, on the same kind of device as
+        they were on, and there on the one of the process that receives them.
+        """
 
     @abstractmethod
     def all_reduce(self, tensor: Tensor, op: str = "mean", group: Any = None) -> Tensor:
         """A new tensor of the same shape: ``"mean"``, ``"sum"``, ``"min"``, ``"max"`` or
-        ``"product"`` over all processes. Integers stay integers except under ``"mean"``."""
+        ``"product"`` over all processes. Integers stay integers except under ``"mean"``, and
+        booleans booleans except under ``"mean"`` and ``"sum"``, which counts."""
 
     @abstractmethod
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         """All processes' tensors of one shape, stacked: shape ``(processes, *tensor.shape)``.
 
-        With ``sync_grads`` gradients flow back to the process that each part came from.
+        With ``sync_grads`` gradients flow back to the process that each part came from, those of
+        all processes summed.
         """
 
     @abstractmethod
@@ -53,21 +62,23 @@ class Alone(Collectives):
     """The collectives of a single process."""
 
     def broadcast(self, value: Any, src: int = 0) -> Any:
+        """The value itself."""
         _check_src(src, 1)
         return value
 
     def all_reduce(self, tensor: Tensor, op: str = "mean", group: Any = None) -> Tensor:
+        """A copy, with the dtype that the reduction would have between several processes."""
         check_op(op)
-        if op == "mean" and not (tensor.is_floating_point() or tensor.is_complex()):
-            return tensor.to(torch.get_default_dtype())
-        return tensor.clone()
+        work = _before_reduction(tensor.detach().clone(), op)
+        return _after_reduction(work, tensor, op)
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """Shape ``(1, *tensor.shape)``."""
         gathered = tensor.unsqueeze(0)
         return gathered if sync_grads else gathered.detach().clone()
 
     def barrier(self) -> None:
-        pass
+        """Nobody to wait for."""
 
 
 class ProcessGroup(Collectives):
@@ -81,43 +92,66 @@ class ProcessGroup(Collectives):
         self._device = device
 
     def broadcast(self, value: Any, src: int = 0) -> Any:
+        """The ``value`` of rank ``src``; a plain tensor is sent without being pickled."""
         _check_src(src, dist.get_world_size())
-        # Objects and tensors share one route: the other ranks do not know what is coming. Tensors
-        # travel without gradient, as any pickled value does.
-        box = [value if dist.get_rank() == src else None]
-        dist.broadcast_object_list(box, src=src, device=self._device)
-        received = box[0]
-        if isinstance(received, Tensor) and isinstance(value, Tensor):
-            return received.to(value.device)
-        return received
+        mine = dist.get_rank() == src
+        # The other ranks do not know what is coming. A plain tensor is announced and sent as it
+        # is, everything else is pickled.
+        plain = mine and type(value) in (Tensor, torch.nn.Parameter) and _is_plain(value)
+        announced = self._broadcast_pickled(_Announced.of(value) if plain else value, src)
+        if not isinstance(announced, _Announced):
+            return value if mine else announced
+        if mine:
+            self._send(value.detach(), src)
+            return value
+        return announced.receive(self._device, src)
+
+    def _send(self, tensor: Tensor, src: int) -> None:
+        dist.broadcast(_bytes_of(tensor.to(self._device)), src=src)
+
+    def _broadcast_pickled(self, value: Any, src: int) -> Any:
+        mine = dist.get_rank() == src
+        content = _pickled(value) if mine else torch.empty(0, dtype=torch.uint8)
+        size = torch.tensor([content.numel()], device=self._device)
+        dist.broadcast(size, src=src)
+        if mine:
+            dist.broadcast(content.to(self._device), src=src)
+            return value
+        buffer = torch.empty(int(size.item()), dtype=torch.uint8, device=self._device)
+        dist.broadcast(buffer, src=src)
+        return pickle.loads(buffer.cpu().numpy().tobytes())
 
     def all_reduce(self, tensor: Tensor, op: str = "mean", group: Any = None) -> Tensor:
+        """Reduced over the group, on the device that ``tensor`` is on."""
         check_op(op)
-        work = tensor.detach().clone().to(self._device)
+        work = tensor.detach().contiguous().to(self._device, copy=True)
+        work = _before_reduction(work, op)
         if op == "mean":
-            if not (work.is_floating_point() or work.is_complex()):
-                work = work.to(torch.get_default_dtype())
             # gloo has no mean; dividing after the sum gives the same on every backend.
             dist.all_reduce(work, op=dist.ReduceOp.SUM, group=group)
             work = work / dist.get_world_size(group)
         else:
             dist.all_reduce(work, op=getattr(dist.ReduceOp, op.upper()), group=group)
-        return work.to(tensor.device)
+        return _after_reduction(work, tensor, op).to(tensor.device)
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """Stacked over the group, on the device that ``tensor`` is on."""
         work = tensor.to(self._device).contiguous()
         if sync_grads:
             from torch.distributed.nn import functional
 
             world = group if group is not None else dist.group.WORLD
             parts = functional.all_gather(work, group=world)  # type: ignore[no-untyped-call]
-        else:
-            work = work.detach()
-            parts = [torch.empty_like(work) for _ in range(dist.get_world_size(group))]
-            dist.all_gather(parts, work, group=group)
-        return torch.stack(tuple(parts)).to(tensor.device)
+            return torch.stack(tuple(parts)).to(tensor.device)
+        gathered = torch.empty(
+            (dist.get_world_size(group), *work.shape), dtype=work.dtype, device=work.device
+        )
+        received = [_bytes_of(part) for part in gathered]
+        dist.all_gather(received, _bytes_of(work.detach()), group=group)
+        return gathered.to(tensor.device)
 
     def barrier(self) -> None:
+        """Return when every process of the default group has called it."""
         # nccl warns unless it is told the device, gloo refuses to be told. A reduction of one
         # number is a barrier on every backend, once its result has been read.
         token = torch.zeros(1, device=self._device)
@@ -131,3 +165,71 @@ def _check_src(src: int, world_size: int) -> None:
             f"broadcast from src={src}, but the ranks of this run are 0 to {world_size - 1}"
         )
 
+
+# -- what backends cannot carry as it is -----------------------------------------------------------
+
+
+def _before_reduction(tensor: Tensor, op: str) -> Tensor:
+    if op == "mean" and not (tensor.is_floating_point() or tensor.is_complex()):
+        return tensor.to(torch.get_default_dtype())
+    if tensor.dtype in (torch.bool, torch.int16):  # gloo takes booleans for bytes, int16 not at all
+        return tensor.to(torch.int64)
+    return tensor
+
+
+def _after_reduction(work: Tensor, tensor: Tensor, op: str) -> Tensor:
+    counted = op == "mean" or (op == "sum" and tensor.dtype == torch.bool)
+    return work if counted else work.to(tensor.dtype)
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """A view of a contiguous tensor's memory; a copy's, where it is not contiguous.
+
+    Sent in place of the tensor: backends differ in the dtypes that they carry.
+    """
+    plain = tensor.resolve_conj().resolve_neg().contiguous()
+    return plain.reshape(-1).view(torch.uint8)
+
+
+# -- broadcasting what the others do not know ----------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Announced:
+    """A tensor that is about to come."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device_type: str
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Announced:
+        return cls(shape=tuple(tensor.shape), dtype=tensor.dtype, device_type=tensor.device.type)
+
+    def receive(self, device: torch.device, src: int) -> Tensor:
+        tensor = torch.empty(self.shape, dtype=self.dtype, device=device)
+        dist.broadcast(_bytes_of(tensor), src=src)
+        return tensor if device.type == self.device_type else tensor.to(self.device_type)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles a tensor on a device so that it arrives on the receiving process's own device."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.device.type not in ("cpu", "meta"):
+            return _arrived, (value.detach().cpu(), value.device.type)
+        return NotImplemented
+
+
+def _arrived(tensor: Tensor, device_type: str) -> Tensor:
+    return tensor.to(device_type)
+
+
+def _pickled(value: Any) -> Tensor:
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
+    return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)

@@ -9,6 +9,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch.distributed import (  # type: ignore[attr-defined]
+    HashStore,
+    PrefixStore,
+    Store,
+    TCPStore,
+)
 
 from torchweft.api.place import Place
 from torchweft.errors import Misuse
@@ -25,18 +31,18 @@ class Group:
     """A membership; ``store`` is None when somebody else made the group and will end it."""
 
     rank: RankInfo
-    store: dist.Store | None
+    store: Store | None
 
 
-def open_store(rendezvous: Rendezvous, rank: RankInfo) -> dist.Store:
+def open_store(rendezvous: Rendezvous, rank: RankInfo) -> Store:
     """The key-value store through which the ranks of a run find each other.
 
     Never ``env://``: torch's agent keeps one store across restarts, and gloo would then connect
     to the addresses of dead ranks; the prefix is unique to run and restart.
     """
     if rank.world_size == 1 and not rendezvous.port:
-        return dist.PrefixStore(rendezvous.prefix, dist.HashStore())
-    store = dist.TCPStore(
+        return PrefixStore(rendezvous.prefix, HashStore())
+    store = TCPStore(
         rendezvous.address,
         rendezvous.port,
         is_master=rendezvous.hosts,
@@ -45,7 +51,7 @@ def open_store(rendezvous: Rendezvous, rank: RankInfo) -> dist.Store:
         multi_tenant=True,
         master_listen_fd=rendezvous.listen_fd if rendezvous.hosts else None,
     )
-    return dist.PrefixStore(rendezvous.prefix, store)
+    return PrefixStore(rendezvous.prefix, store)
 
 
 def join_group(place: Place, *, backend: str, timeout: timedelta | None = None) -> Group:

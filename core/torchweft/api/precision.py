@@ -71,6 +71,10 @@ class Precision:
         """Step, or skip the step where gradients overflowed; returns what the optimizer returns."""
         return optimizer.step() if closure is None else optimizer.step(closure)
 
+    def zero_grad(self, optimizer: Optimizer, set_to_none: bool = True) -> None:
+        """Forget gradients, perhaps without a step since they were computed."""
+        optimizer.zero_grad(set_to_none)
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold for the next step to be the same; plain values only."""
         return {}

@@ -119,9 +119,7 @@ class Strategy:
 
     # -- setup -----------------------------------------------------------------------------------
 
-    def setup(
-        self, module: nn.Module, optimizers: Sequence[Optimizer], scheduler: Any
-    ) -> Prepared:
+    def setup(self, module: nn.Module, optimizers: Sequence[Optimizer], scheduler: Any) -> Prepared:
         """Make module and optimizers ready together, in the order given.
 
         ``module`` is already converted by the precision and, unless the user declined, on the
@@ -164,7 +162,7 @@ class Strategy:
 
     def zero_grad(self, optimizer: Optimizer, set_to_none: bool = True) -> None:
         """Forget gradients."""
-        optimizer.zero_grad(set_to_none)
+        self.place.precision.zero_grad(optimizer, set_to_none)
 
     def accumulating(self, module: nn.Module, last: bool) -> AbstractContextManager[Any]:
         """Surrounds forward and backward of one micro-batch.
@@ -226,9 +224,7 @@ class Strategy:
         """Fill the module in place. Raises ``CheckpointError`` for what does not match."""
         load_named_module_state(self.original(module), state, strict)
 
-    def optimizer_state(
-        self, optimizer: Optimizer, modules: Sequence[nn.Module]
-    ) -> dict[str, Any]:
+    def optimizer_state(self, optimizer: Optimizer, modules: Sequence[nn.Module]) -> dict[str, Any]:
         """State keyed by parameter name: ``{"state": {name: …}, "param_groups": […]}``.
 
         ``modules`` are those that own the parameters, as ``setup`` returned them.
@@ -250,15 +246,25 @@ class Strategy:
 
 
 class SkipInit(TorchFunctionMode):
-    """Leaves parameters as they were allocated: every ``torch.nn.init`` function is a no-op."""
+    """Leaves parameters as they were allocated, where ``torch.nn.init`` would draw numbers.
+
+    Constants are cheap, and some of its functions for them cannot be intercepted.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__module__", "") == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        # Either one of torch.nn.init's functions, or what the others of them come down to.
+        if getattr(func, "__module__", "") == "torch.nn.init" or func in _DRAWS:
+            tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]
+            # A buffer may be in no checkpoint and keeps what the module puts into it.
+            if isinstance(tensor, nn.Parameter):
+                return tensor
         return func(*args, **kwargs)
+
+
+_DRAWS = frozenset({Tensor.uniform_, Tensor.normal_})
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""Backends that come with the core, through the same door as everybody else's."""

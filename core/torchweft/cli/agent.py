@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -87,7 +87,7 @@ def _config(job: Job, endpoint: str, folder: Path) -> LaunchConfig:
         min_nodes=least,
         max_nodes=most,
         nproc_per_node=job.processes,
-        run_id=job.run_id if not job.rdzv_endpoint else "torchweft",
+        run_id=job.run_id,
         rdzv_backend=job.rdzv_backend or "static",
         rdzv_endpoint=endpoint,
         rdzv_configs=configs,
@@ -114,7 +114,7 @@ def _host_store(job: Job) -> tuple[Any, str]:
             "--main-port, or leave it out and a free one is taken"
         ) from error
     port = listener.getsockname()[1]
-    store = dist.TCPStore(
+    store = TCPStore(
         address,
         port,
         is_master=True,

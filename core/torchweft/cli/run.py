@@ -18,6 +18,7 @@ from torchweft.manager import Manager
 from torchweft.plan import RunPlan
 from torchweft.request import RunRequest
 from torchweft.resolve import resolve
+from torchweft.specs import KINDS
 
 __all__ = ["run"]
 
@@ -96,12 +97,13 @@ def run(script: str, arguments: tuple[str, ...], **options: Any) -> None:
         arguments = arguments[1:]
     _check_script(script)
     given = {name: value for name, value in options.items() if value is not None}
-    flags = {
+    flags: dict[str, Any] = {
         name: given[name]
         for name in ("accelerator", "strategy", "devices", "num_nodes", "precision")
         if name in given
     }
     request = RunRequest.parse(**flags)
+    request = replace(request, sources={name: f"--{name.replace('_', '-')}" for name in flags})
     if request.devices is None:
         _refuse_without_devices(given)
         _become_python(script, arguments, flags)
@@ -120,7 +122,7 @@ def run(script: str, arguments: tuple[str, ...], **options: Any) -> None:
         rdzv_backend=given.get("rdzv_backend"),
         rdzv_endpoint=given.get("rdzv_endpoint"),
         fresh=bool(given.get("no_preload")),
-        run_id=uuid.uuid4().hex[:16],
+        run_id=_run_id(request, given),
     )
     _check_nodes(job)
     if not job.fresh:
@@ -129,6 +131,14 @@ def run(script: str, arguments: tuple[str, ...], **options: Any) -> None:
     from torchweft.cli.agent import drive
 
     drive(job)
+
+
+def _run_id(request: RunRequest, given: dict[str, Any]) -> str:
+    """Unique on one node; on several, what all of them can know without having met."""
+    if request.num_nodes in (None, 1) and "rdzv_endpoint" not in given:
+        return uuid.uuid4().hex[:16]
+    where = (given.get("rdzv_endpoint"), given.get("main_address"), given.get("main_port"))
+    return "-".join(["torchweft", *(str(part) for part in where if part is not None)])
 
 
 def _check_script(script: str) -> None:
@@ -176,8 +186,11 @@ def _processes(request: RunRequest) -> tuple[int, tuple[str, ...]]:
     try:
         plan: RunPlan = resolve(alone, catalog, environ={})
     except (NotAvailable, IncompatiblePlan):
-        # With no accelerator named, the script may name one that the default choice is not.
-        if request.accelerator is not None or not isinstance(request.devices, int):
+        # With no accelerator named, the script may name one that the default choice is not; a
+        # name that nobody provides stays unknown whatever the script says.
+        named = ((kind, getattr(request, kind)) for kind in KINDS)
+        missing = any(name and not catalog.named(kind, name) for kind, name in named)
+        if missing or request.accelerator is not None or not isinstance(request.devices, int):
             raise
         return request.devices, ()
     modules = [

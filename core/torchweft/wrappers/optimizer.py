@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,57 +17,26 @@ __all__ = ["FabricOptimizer", "wrap_optimizer"]
 class FabricOptimizer:
     """Mixed into a subclass of the optimizer's own class, so that ``isinstance`` holds.
 
-    State and groups are those of the original at any time: schedulers that hold either of the
-    two see the same numbers.
+    State, groups and every other attribute are those of the original at any time: schedulers that
+    hold either of the two see the same numbers. Pickled, it is the original.
 
     Attributes:
         optimizer: the optimizer inside.
-        strategy: the strategy that steps it.
         modules: what the strategy made of the modules that own its parameters.
     """
 
     optimizer: Optimizer
-    strategy: Strategy
     modules: list[nn.Module]
-
-    # Properties take precedence over the instance's dictionary, into which torch's own methods
-    # (add_param_group, __setstate__) would otherwise write a copy.
-    @property
-    def state(self) -> Any:
-        """State by parameter."""
-        return self.optimizer.state
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self.optimizer.state = value
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Groups with their hyperparameters."""
-        return self.optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self.optimizer.param_groups = value
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """Default hyperparameters."""
-        return self.optimizer.defaults
-
-    def __getattr__(self, name: str) -> Any:
-        # Reached only for what neither class nor instance has: attributes of the original.
-        if name in ("optimizer", "strategy", "modules", "_step", "_zero_grad"):
-            raise AttributeError(name)
-        return getattr(self.optimizer, name)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step through the strategy and the precision."""
-        return self._step(self.optimizer, closure)
+        return self.__step(self.optimizer, closure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget gradients through the strategy."""
-        self._zero_grad(self.optimizer, set_to_none)
+        """Forget gradients through the strategy and the precision."""
+        self.__zero_grad(self.optimizer, set_to_none)
+
+    # -- being the original ----------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """The original's, which is keyed by index."""
@@ -80,35 +50,85 @@ class FabricOptimizer:
         """To the original."""
         self.optimizer.add_param_group(param_group)
 
+    def __getattr__(self, name: str) -> Any:
+        # Reached only for what neither class nor instance has: attributes of the original.
+        if "optimizer" not in self.__dict__:  # while it is being made
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Schedulers put a step of theirs around the one of the optimizer that they are given.
+        if name == "step":
+            self.__dict__[name] = value
+        else:
+            setattr(self.optimizer, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__:
+            del self.__dict__[name]
+        else:
+            delattr(self.optimizer, name)
+
     def __repr__(self) -> str:
         return f"Fabric{self.optimizer!r}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copy that left this process has no strategy to step with; it is a plain optimizer.
+        # A copy that leaves this process has no strategy to step with; it is a plain optimizer.
         return _itself, (self.optimizer,)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        import copy
-
         inside = copy.deepcopy(self.optimizer, memo)
-        return wrap_optimizer(inside, self.strategy, self.modules)
+        # Copied together with its model, it steps the copy of the model.
+        modules = [memo.get(id(module), module) for module in self.modules]
+        return wrap_optimizer(inside, self.__strategy, modules)
+
+    def __wrap(self, optimizer: Optimizer, strategy: Strategy, modules: list[nn.Module]) -> None:
+        own = self.__dict__
+        own["optimizer"] = optimizer
+        own["modules"] = modules
+        own["_FabricOptimizer__strategy"] = strategy
+        # Bound once: a step looks nothing up that setup could settle.
+        own["_FabricOptimizer__step"] = strategy.step
+        own["_FabricOptimizer__zero_grad"] = strategy.zero_grad
+
+    @classmethod
+    def _of(cls, optimizer: Optimizer, strategy: Strategy, modules: list[nn.Module]) -> Any:
+        # Not made by the constructor: a subclass may take any arguments.
+        wrapped = object.__new__(cls)
+        wrapped.__wrap(optimizer, strategy, modules)
+        return wrapped
 
 
 def _itself(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-def wrap_optimizer(
-    optimizer: Optimizer, strategy: Strategy, modules: Sequence[nn.Module]
-) -> FabricOptimizer:
+def wrap_optimizer(optimizer: Optimizer, strategy: Strategy, modules: Sequence[nn.Module]) -> Any:
     """A ``FabricOptimizer`` that is also an instance of the optimizer's class."""
     cls = type(optimizer)
-    wrapped_class = type(f"Fabric{cls.__name__}", (FabricOptimizer, cls), {"__doc__": cls.__doc__})
-    wrapped: FabricOptimizer = object.__new__(wrapped_class)
-    wrapped.optimizer = optimizer
-    wrapped.strategy = strategy
-    wrapped.modules = list(modules)
-    # Bound once: a step looks nothing up that setup could settle.
-    wrapped._step = strategy.step  # type: ignore[attr-defined]
-    wrapped._zero_grad = strategy.zero_grad  # type: ignore[attr-defined]
-    return wrapped
+    members = {name: _forwarded(name) for name in _data_of(optimizer)}
+    wrapped_class: Any = type(
+        f"Fabric{cls.__name__}", (FabricOptimizer, cls), {**members, "__doc__": cls.__doc__}
+    )
+    return wrapped_class._of(optimizer, strategy, list(modules))
+
+
+def _data_of(optimizer: Optimizer) -> set[str]:
+    """Names of data that would be found in the class before the original is asked for it."""
+    names = {name for name in vars(optimizer) if hasattr(type(optimizer), name)}
+    for cls in type(optimizer).__mro__:
+        if issubclass(cls, Optimizer) and cls is not Optimizer:
+            names.update(name for name, value in vars(cls).items() if _is_data(name, value))
+    return names - {"step"}
+
+
+def _is_data(name: str, value: Any) -> bool:
+    return not (name.startswith("__") or callable(value) or hasattr(value, "__get__"))
+
+
+def _forwarded(name: str) -> Any:
+    # A property, which takes precedence over the class's own attribute of that name.
+    return property(
+        lambda self: getattr(self.optimizer, name),
+        lambda self, value: setattr(self.optimizer, name, value),
+    )

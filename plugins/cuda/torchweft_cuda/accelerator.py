@@ -33,7 +33,7 @@ class CUDA(Accelerator):
 
     def fork_hazard(self) -> str | None:
         """An open device file: even ``torch.cuda.is_available()`` alone spoils a fork."""
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             return "CUDA was initialised before the fork"
         folder = Path("/proc/self/fd")
         for entry in folder.iterdir() if folder.is_dir() else ():
@@ -54,7 +54,7 @@ class CUDA(Accelerator):
         torch.cuda.set_rng_state(state)
 
     def memory(self) -> dict[str, int]:
-        """Bytes by the names of ``torch.cuda.memory_stats``."""
+        """Bytes that ``torch.cuda``'s functions of these names, after ``memory_``, count."""
         return {
             "allocated": torch.cuda.memory_allocated(),
             "reserved": torch.cuda.memory_reserved(),

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torchweft.api import (
     join_group,
     leave_group,
 )
-from torchweft.errors import IncompatiblePlan
+from torchweft.errors import IncompatiblePlan, InvalidRequest, did_you_mean
 
 __all__ = ["DDPStrategy"]
 
@@ -83,6 +84,7 @@ class DDPStrategy(Strategy):
         }
         self._keywords["gradient_as_bucket_view"] = gradient_as_bucket_view
         self._check_keywords()
+        _check_backend(process_group_backend)
         self._backend = process_group_backend
         self._timeout = timeout
         self._comm_hook = (ddp_comm_state, ddp_comm_hook)
@@ -125,9 +127,7 @@ class DDPStrategy(Strategy):
 
     # -- setup -----------------------------------------------------------------------------------
 
-    def setup(
-        self, module: nn.Module, optimizers: Sequence[Optimizer], scheduler: Any
-    ) -> Prepared:
+    def setup(self, module: nn.Module, optimizers: Sequence[Optimizer], scheduler: Any) -> Prepared:
         """Wrap the module; a module without parameters that train stays as it is."""
         if any(parameter.requires_grad for parameter in module.parameters()):
             device = self.place.device
@@ -153,10 +153,52 @@ class DDPStrategy(Strategy):
         context: AbstractContextManager[Any] = module.no_sync()
         return context
 
+    def forward_method(self, module: nn.Module, name: str) -> Callable[..., Any]:
+        """The method, called where DistributedDataParallel calls ``forward``."""
+        if not isinstance(module, DistributedDataParallel):
+            return super().forward_method(module, name)
+        return partial(_call_in_place_of_forward, module, name)
+
+
+def _call_in_place_of_forward(
+    wrapped: DistributedDataParallel, name: str, *args: Any, **kwargs: Any
+) -> Any:
+    own = vars(wrapped.module)
+    method = getattr(wrapped.module, name)
+    # An attribute of the object comes before the method of its class; it may have one already.
+    before = {"forward": own["forward"]} if "forward" in own else {}
+
+    def restore() -> None:
+        own.pop("forward", None)
+        own.update(before)
+
+    def instead(*args: Any, **kwargs: Any) -> Any:
+        # At once, so that the method may itself call forward.
+        restore()
+        return method(*args, **kwargs)
+
+    own["forward"] = instead
+    try:
+        return wrapped(*args, **kwargs)
+    finally:
+        restore()
+
+
+def _check_backend(backend: str | None) -> None:
+    """Whether torch knows every name in ``"gloo"`` or ``"cpu:gloo,cuda:nccl"``."""
+    known = [name for name in dist.Backend.backend_list if name != dist.Backend.UNDEFINED]
+    for part in backend.split(",") if backend else ():
+        name = part.rpartition(":")[2].strip().lower()
+        if name not in known:
+            raise InvalidRequest(
+                f"strategy 'ddp' was given process_group_backend='{backend}', and "
+                f"torch.distributed knows no backend '{name}'"
+                f"{did_you_mean(name, known) or ';'} it knows {', '.join(known)}"
+            )
+
 
 _PARAMETERS = {
     name: parameter.default
     for name, parameter in inspect.signature(DDPStrategy).parameters.items()
-    if name
-    not in ("process_group_backend", "timeout", "ddp_comm_state", "ddp_comm_hook")
+    if name not in ("process_group_backend", "timeout", "ddp_comm_state", "ddp_comm_hook")
 }

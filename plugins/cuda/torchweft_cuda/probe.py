@@ -12,25 +12,26 @@ from torchweft.specs import Availability
 
 __all__ = ["cuda", "torch_build", "visible"]
 
+_LIBRARY = "libnvidia-ml.so.1"
 _PROC = Path("/proc/driver/nvidia/gpus")
 
 
 def cuda() -> Availability:
     """GPUs that the driver shows and ``CUDA_VISIBLE_DEVICES`` leaves."""
-    present = _driver_count()
-    version, built_for = torch_build()
+    present, problem = driver_count()
     if present is None:
         return Availability(
             ok=False,
-            reason="no NVIDIA driver answers (libnvidia-ml.so.1 was not found)",
+            reason=f"no NVIDIA driver answers ({problem})",
             hint="install NVIDIA's driver, or use accelerator='cpu'",
         )
     if present == 0:
         return Availability(
             ok=False,
-            reason="the NVIDIA driver reports no GPU",
+            reason=problem or "the NVIDIA driver reports no GPU",
             hint="check nvidia-smi, or use accelerator='cpu'",
         )
+    version, built_for = torch_build()
     if not built_for:
         return Availability(
             ok=False,
@@ -38,9 +39,9 @@ def cuda() -> Availability:
             "without CUDA",
             hint="install a CUDA build of torch: pip install --force-reinstall torch",
         )
-    count = visible(present, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    setting = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = visible(present, setting)
     if count == 0:
-        setting = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         return Availability(
             ok=False,
             reason=f"CUDA_VISIBLE_DEVICES='{setting}' hides all {present} GPU(s)",
@@ -52,38 +53,59 @@ def cuda() -> Availability:
 def visible(present: int, setting: str | None) -> int:
     """How many of ``present`` GPUs a value of ``CUDA_VISIBLE_DEVICES`` leaves.
 
-    As the driver reads it: the list ends at the first entry that is not a GPU, and an entry that
-    occurs twice hides all. Names (``GPU-…``, ``MIG-…``) are counted as they stand.
+    As the driver reads it: the list ends at the first entry that is not a GPU, or is not of the
+    same form as the first, and an entry that occurs twice hides all. Names (``GPU-…``, ``MIG-…``)
+    are counted as they stand.
     """
     if setting is None:
         return present
+    entries = [entry.strip() for entry in setting.split(",")]
+    prefix = next((p for p in ("GPU-", "MIG-") if entries[0].startswith(p)), None)
     seen: list[str] = []
-    for entry in (piece.strip() for piece in setting.split(",")):
-        if entry.startswith(("GPU-", "MIG-")):
-            seen.append(entry)
-        elif re.fullmatch(r"\d+", entry) and int(entry) < present:
-            seen.append(str(int(entry)))
+    for entry in entries:
+        if prefix is not None:
+            name = entry if entry.startswith(prefix) else None
         else:
+            number = re.match(r"\+?(\d+)", entry)
+            name = str(int(number[1])) if number and int(number[1]) < present else None
+        if name is None:
             break
-    return len(seen) if len(set(seen)) == len(seen) else 0
+        if name in seen:
+            return 0
+        seen.append(name)
+    return len(seen)
 
 
-def _driver_count() -> int | None:
-    """GPUs by NVIDIA's management library, which starts no context; None without a driver."""
+def driver_count() -> tuple[int | None, str]:
+    """GPUs by NVIDIA's management library, which starts no context, and what is the matter.
+
+    None without a driver; 0 where there is one that does not work.
+    """
     try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        nvml = ctypes.CDLL(_LIBRARY)
     except OSError:
         # In some containers only the driver's files are there.
-        return len(list(_PROC.iterdir())) if _PROC.is_dir() else None
-    if nvml.nvmlInit_v2() != 0:
-        return 0
+        if _PROC.is_dir():
+            return len(list(_PROC.iterdir())), ""
+        return None, f"{_LIBRARY} was not found"
+    code = nvml.nvmlInit_v2()
+    if code != 0:
+        return 0, f"the NVIDIA driver does not work: {_words(nvml, code)}"
     try:
         count = ctypes.c_uint()
-        if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
-            return 0
-        return count.value
+        code = nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
+        if code != 0:
+            return 0, f"the NVIDIA driver does not work: {_words(nvml, code)}"
+        return count.value, ""
     finally:
         nvml.nvmlShutdown()
+
+
+def _words(nvml: ctypes.CDLL, code: int) -> str:
+    """NVIDIA's own words for an error, such as a driver that was updated under a running kernel."""
+    nvml.nvmlErrorString.restype = ctypes.c_char_p
+    text = nvml.nvmlErrorString(code)
+    return text.decode(errors="replace") if text else f"error {code}"
 
 
 def torch_build() -> tuple[str, str]:

@@ -31,9 +31,7 @@ if __name__ == "__main__":
     way, folder = sys.argv[1:3]
     devices = os.environ.get("DEVICES", "auto")
     if len(sys.argv) > 3:
-        fabric = Fabric(
-            accelerator="cpu", devices=devices, strategy="ddp", launcher=sys.argv[3]
-        )
+        fabric = Fabric(accelerator="cpu", devices=devices, strategy="ddp", launcher=sys.argv[3])
         fabric.launch(end, way, folder)
     else:
         fabric = Fabric(accelerator="cpu", devices=devices)

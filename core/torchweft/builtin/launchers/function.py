@@ -6,8 +6,8 @@ import atexit
 import io
 import multiprocessing
 import os
-import time
 import pickle
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
@@ -202,7 +202,7 @@ class _OnCpu(pickle.Pickler):
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, Tensor) and value.device.type != "cpu":
-            return value.detach().cpu().__reduce_ex__(4)
+            return value.detach().cpu().__reduce_ex__(4)  # type: ignore[no-untyped-call]
         return NotImplemented
 
 
@@ -249,4 +249,3 @@ def _parts(argument: Any) -> list[tuple[str, Any]]:
     if describe is not None:
         return list(describe())
     return [(f"the argument {argument!r:.60}", argument)]
-

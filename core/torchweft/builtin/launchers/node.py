@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from torchweft import process
 from torchweft.handoff import Handoff
@@ -95,7 +95,7 @@ class Node:
 
     def serve(self) -> None:
         """Start the store on the socket. After the last fork: it runs a thread."""
-        self._store = dist.TCPStore(
+        self._store = TCPStore(
             self.address,
             self.port,
             is_master=True,

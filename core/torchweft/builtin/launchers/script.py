@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
-from torchweft import process
 from torchweft.api import Launcher, RunPlan
 from torchweft.builtin.launchers.forking import (
     debugger,

@@ -57,9 +57,7 @@ class AcmeStrategy(Strategy):
         rank = self.place.rank
         return DataShard(replicas=rank.world_size, first=rank.rank)
 
-    def setup(
-        self, module: nn.Module, optimizers: Sequence[Optimizer], scheduler: Any
-    ) -> Prepared:
+    def setup(self, module: nn.Module, optimizers: Sequence[Optimizer], scheduler: Any) -> Prepared:
         """Give every process the parameters and buffers of rank 0."""
         with torch.no_grad():
             for tensor in (*module.parameters(), *module.buffers()):

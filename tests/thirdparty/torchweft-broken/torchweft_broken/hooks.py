@@ -1,6 +1,8 @@
 """Cannot be imported: the library that it drives was never installed."""
 
-import broken_comm
+from __future__ import annotations
+
+from broken_comm import shards
 
 from torchweft.hookspecs import hookimpl
 from torchweft.specs import StrategySpec
@@ -9,4 +11,7 @@ from torchweft.specs import StrategySpec
 @hookimpl
 def torchweft_strategies() -> list[StrategySpec]:
     """Never reached."""
-    return [StrategySpec(name="shard_all", target="torchweft_broken.strategy:ShardAll")]
+    return [
+        StrategySpec(name=f"shard_{number}", target="torchweft_broken.strategy:Shard")
+        for number in shards()
+    ]

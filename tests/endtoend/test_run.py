@@ -1,0 +1,191 @@
+"""``torchweft run``: flags against arguments, and wrong uses of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.endtoend.commands import SCRIPTS
+
+RUN = [sys.executable, "-m", "torchweft", "run"]
+SCRIPT = SCRIPTS / "flags.py"
+
+
+def said(result) -> list:
+    assert result.status == 0, result.err
+    return sorted(json.loads(line) for line in result.lines)
+
+
+@pytest.mark.parametrize("devices", [["--devices", "2"], []], ids=["agent", "script"])
+def test_flags_fill_in_what_the_script_leaves_open(devices: list[str], run) -> None:
+    arguments = {} if devices else {"devices": 2}
+    result = run(
+        *RUN,
+        *devices,
+        "--accelerator",
+        "cpu",
+        "--strategy",
+        "ddp:static_graph=true",
+        "--precision",
+        "bf16-mixed",
+        SCRIPT,
+        json.dumps(arguments),
+    )
+    launcher = "torchrun" if devices else "script"
+    assert said(result) == [
+        [rank, 2, "ddp", "bf16-mixed", launcher, {"static_graph": True}] for rank in (0, 1)
+    ]
+
+
+def test_equal_in_other_words(run) -> None:
+    result = run(*RUN, "--devices", "2", SCRIPT, '{"devices": 2, "num_nodes": 1}')
+    assert [row[0] for row in said(result)] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "arguments", "both"),
+    [
+        (["--strategy", "ddp"], {"strategy": "single_device"}, ["'ddp'", "'single_device'"]),
+        (["--precision", "64-true"], {"precision": "32-true"}, ["'64-true'", "'32-true'"]),
+    ],
+)
+def test_a_flag_and_an_argument_that_disagree(
+    flags: list[str], arguments: dict, both: list[str], run
+) -> None:
+    result = run(*RUN, *flags, SCRIPT, json.dumps(arguments))
+    assert result.status == 1
+    assert f"{flags[0]} says {both[0]}" in result.err
+    assert f"{next(iter(arguments))}={both[1]}" in result.err
+
+
+def test_devices_that_disagree_are_told_once(run) -> None:
+    result = run(*RUN, "--devices", "2", SCRIPT, '{"devices": 4}')
+    assert result.status == 1
+    assert "rank 0 of 2 failed: InvalidRequest: --devices says 2 and the script says" in result.err
+    assert "and so did rank 1" in result.err
+    assert result.err.count("Traceback") == 1
+    # The frames inside torchweft say nothing that the message does not.
+    assert "resolve.py" not in result.err
+
+
+def test_torchrun_against_the_script(run) -> None:
+    result = run(
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        SCRIPT,
+        '{"devices": 4, "strategy": "ddp"}',
+    )
+    assert result.status == 1
+    assert "needs 4 process(es) per node, but torchrun started this process with 2" in result.err
+
+
+WRONG = [
+    (["nothing.py"], 2, "script 'nothing.py' does not exist"),
+    (["--devices", "2", "nothing.py"], 2, "script 'nothing.py' does not exist"),
+    (["."], 2, "script '.' is a folder"),
+    (["--max-restarts", "3", "SCRIPT"], 2, "--max-restarts without --devices"),
+    (["--num-nodes", "2", "SCRIPT"], 2, "--num-nodes without --devices"),
+    (["--rdzv-backend", "c10d", "SCRIPT"], 2, "--rdzv-backend without --devices"),
+    (["--devices", "0", "SCRIPT"], 2, "0"),
+    (["--devices", "-3", "SCRIPT"], 2, "-3"),
+    (["--devices", "two", "SCRIPT"], 2, "devices='two' is not understood"),
+    (
+        ["--devices", "2", "--strategy", "dpd", "SCRIPT"],
+        2,
+        "'dpd' (--strategy); did you mean 'ddp'?",
+    ),
+    (["--devices", "2", "--accelerator", "cup", "SCRIPT"], 2, "did you mean 'cpu'?"),
+    (["--devices", "2", "--precision", "8-true", "SCRIPT"], 2, "no precision is called '8-true'"),
+    (["--devices", "2", "--strategy", "ddp:find_unused=1", "SCRIPT"], 2, "find_unused_parameters"),
+    (
+        ["--devices", "2", "--accelerator", "cuda", "SCRIPT"],
+        1,
+        "'cuda' (--accelerator) cannot be used here",
+    ),
+    (["--devices", "2", "--strategy", "deepspeed", "SCRIPT"], 1, "pip install torchweft-deepspeed"),
+    (["--devices", "2", "--num-nodes", "2", "SCRIPT"], 2, "add --main-address"),
+    (["--devices", "2", "--num-nodes", "1:2", "SCRIPT"], 2, "--rdzv-backend c10d"),
+    (["--devices", "2", "--node-rank", "1", "SCRIPT"], 2, "--node-rank 1 is not one of 0 to 0"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "status", "words"), WRONG)
+def test_wrong_use_is_told_before_any_process_starts(
+    arguments: list[str], status: int, words: str, run
+) -> None:
+    import torch
+
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU here, which makes this a right use")
+    command = [str(SCRIPT) if a == "SCRIPT" else a for a in arguments]
+    result = run(*RUN, *command, "{}")
+    assert result.status == status, result.err
+    assert words in result.err
+    assert result.err.startswith("error: ")
+    assert "Traceback" not in result.err
+    assert result.out == ""
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_stale_variable_changes_nothing(ours: bool, run) -> None:
+    stale = {
+        "run_id": "old",
+        "launcher": "torchrun",
+        "flags": {"precision": "64-true"},
+        "pid": 1,
+        "parent": None,
+    }
+    environ = {"TORCHWEFT_RUN": json.dumps(stale)}
+    if ours:
+        # What a rank's own child processes inherit.
+        environ |= {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+        environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "old"}
+    result = run(sys.executable, SCRIPT, '{"accelerator": "cpu"}', environ=environ)
+    assert said(result) == [[0, 1, "single_device", "32-true", "inline", {}]]
+
+
+def test_a_program_that_a_rank_starts_is_not_that_rank(run, tmp_path: Path) -> None:
+    script = tmp_path / "outer.py"
+    script.write_text(
+        "import subprocess, sys\n"
+        "from torchweft import Fabric\n"
+        "fabric = Fabric(accelerator='cpu')\n"
+        "fabric.launch()\n"
+        "if fabric.global_rank == 1:\n"
+        f"    subprocess.run([sys.executable, {str(SCRIPT)!r}, '{{}}'], check=True)\n"
+        "fabric.barrier()\n"
+    )
+    result = run(*RUN, "--devices", "2", "--accelerator", "cpu", script)
+    assert said(result) == [[0, 1, "single_device", "32-true", "inline", {}]]
+
+
+def test_two_nodes_on_one_computer(start) -> None:
+    """Two agents meet on one port, as on two computers."""
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    common = [
+        *RUN,
+        "--devices",
+        "1",
+        "--num-nodes",
+        "2",
+        "--main-address",
+        "127.0.0.1",
+        "--main-port",
+        str(port),
+        "--strategy",
+        "ddp",
+        "--accelerator",
+        "cpu",
+    ]
+    nodes = [start(*common, "--node-rank", str(n), SCRIPT, "{}") for n in (0, 1)]
+    rows = [row for node in nodes for row in said(node.finish())]
+    assert [row[:2] for row in rows] == [[0, 2], [1, 2]]
