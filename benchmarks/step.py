@@ -255,10 +255,7 @@ def main() -> None:
         {
             "benchmark": "step",
             **circumstances(),
-            "options": {
-                name: getattr(options, name)
-                for name in ("accelerator", "batch", "steps", "rounds", "loader")
-            },
+            "options": {k: v for k, v in vars(options).items() if k not in ("json", "only")},
             "results": results,
         },
     )

@@ -103,6 +103,7 @@ class Fabric:
     def _reset(self) -> None:
         self._live: worker.Live | None = None
         self._launched = False
+        self._plain_backward = False
         self._backward_open = [False]
         # In the order in which they were set up, which decides names in checkpoints.
         self._modules: weakref.WeakKeyDictionary[FabricModule, None] = weakref.WeakKeyDictionary()
@@ -202,9 +203,16 @@ class Fabric:
         return None
 
     def _join(self, *, stay: bool) -> worker.Live:
-        self._live = worker.join(self._plan, self._parts, self._manager, os.environ)
+        parts = self._parts
+        self._live = worker.join(self._plan, parts, self._manager, os.environ)
+        self._plain_backward = (
+            type(parts.strategy).backward is Strategy.backward
+            and type(parts.precision).scale is Precision.scale
+            and not parts.strategy.owns_backward
+            and not parts.precision.scales_loss
+        )
         if stay:
-            worker.stay(self._live, owned=self._parts.launcher.owns_ranks)
+            worker.stay(self._live, owned=parts.launcher.owns_ranks)
         return self._live
 
     def _run(self, caller: str) -> Run:
@@ -336,7 +344,7 @@ class Fabric:
             run, module, optimizers, scheduler, move_to_device, _reapply_compile
         )
         wrapped = [
-            wrap_optimizer(optimizer, run.strategy, self._owners(optimizer))
+            wrap_optimizer(optimizer, run.strategy, self._owners(optimizer), run.precision)
             for optimizer in prepared.optimizers
         ]
         if not wrapped and scheduler is None:
@@ -368,7 +376,8 @@ class Fabric:
         for optimizer in optimizers:
             ready = run.strategy.setup_optimizer(optimizer)
             self._originals.add(optimizer)
-            wrapped.append(wrap_optimizer(ready, run.strategy, self._owners(ready)))
+            owners = self._owners(ready)
+            wrapped.append(wrap_optimizer(ready, run.strategy, owners, run.precision))
         return wrapped[0] if len(wrapped) == 1 else tuple(wrapped)
 
     def _prepare(
@@ -502,8 +511,10 @@ class Fabric:
 
         ``model``: which set-up model the loss came from, for strategies that must know.
         """
-        live = self._live
-        run = live.run if live is not None else self._run("backward()")
+        if self._plain_backward:
+            tensor.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+            return
+        run = self._run("backward()")
         if model is not None:
             model = self._set_up(model, FabricModule, "backward(model=)").prepared
         opened = self._backward_open

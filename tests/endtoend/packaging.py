@@ -94,7 +94,8 @@ def _build(folder: Path) -> Built:
 
 
 def _ignored(folder: str, names: list[str]) -> set[str]:
-    return {name for name in names if _NOT_COPIED.fullmatch(name)}
+    environments = {name for name in names if Path(folder, name, "pyvenv.cfg").exists()}
+    return environments | {name for name in names if _NOT_COPIED.fullmatch(name)}
 
 
 def _leave_litter(tree: Path) -> None:

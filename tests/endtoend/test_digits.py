@@ -75,6 +75,13 @@ def epochs_and_accuracy(lines: list[str]) -> tuple[list[tuple[int, float]], floa
     return [(int(match[1]), float(match[2])) for match in epochs if match], accuracy
 
 
+def test_the_page_shows_the_difference_that_there_is():
+    shown = (EXAMPLE / "README.md").read_text().split("```diff\n")[1].split("```")[0].splitlines()
+    assert [line[1:].strip() for line in shown[2:] if line.startswith("-")] == REMOVED
+    added = [line[1:].strip() for line in shown[2:] if line.startswith("+")]
+    assert [line for line in added if line] == ADDED
+
+
 def test_the_plain_script_learns():
     epochs, accuracy = epochs_and_accuracy(run(str(EXAMPLE / "train_torch.py")))
     assert [epoch for epoch, _ in epochs] == list(range(1, 16))

@@ -12,6 +12,7 @@ import pytest
 from packaging.metadata import Metadata
 
 from tests.endtoend.packaging import (
+    ROOT,
     TRAIN,
     Built,
     Fresh,
@@ -21,6 +22,7 @@ from tests.endtoend.packaging import (
     only,
     trained_alone,
 )
+from torchweft_cuda import hooks
 
 #: Package folder in the tree, by import name.
 PACKAGES = {"torchweft": "core/torchweft", "torchweft_cuda": "plugins/cuda/torchweft_cuda"}
@@ -181,6 +183,22 @@ def test_entry_points(built):
     assert entry_points(built, "torchweft_cuda") == {
         ("torchweft", "cuda", "torchweft_cuda.hooks"),
     }
+
+
+def test_the_readme_of_the_plugin_names_what_it_declares():
+    rows = re.findall(
+        r"^\| (\w+) \| `(.+?)` \| (.*?) \|",
+        (ROOT / "plugins" / "cuda" / "README.md").read_text(),
+        flags=re.MULTILINE,
+    )
+    declared = [
+        *hooks.torchweft_accelerators(),
+        *hooks.torchweft_strategies(),
+        *hooks.torchweft_precisions(),
+    ]
+    assert [(kind, name, re.findall("`(.+?)`", also)) for kind, name, also in rows] == [
+        (spec.kind, spec.name, list(spec.names()[1:])) for spec in declared
+    ]
 
 
 # -- the core alone ----------------------------------------------------------------------------

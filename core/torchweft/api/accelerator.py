@@ -17,7 +17,8 @@ class Accelerator(ABC):
     """Gives a process its device.
 
     A complete accelerator, declared by
-    ``AcceleratorSpec(name="npu", device="npu", target="my_package.npu:NPU", probe="...")``::
+    ``AcceleratorSpec(name="npu", device="npu", target="my_package.npu:NPU",
+    probe="my_package.probe:npu")``::
 
         class NPU(Accelerator):
             backend = "hccl"

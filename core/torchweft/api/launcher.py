@@ -16,16 +16,44 @@ __all__ = ["Launcher"]
 class Launcher(ABC):
     """Makes processes, or finds out who this process is when somebody else made it.
 
-    A complete launcher that runs functions on threads of a pool, declared by
-    ``LauncherSpec(name="pool", target="my_package.pool:Pool", function="required")``::
+    A complete launcher for processes that a cluster called grid made, declared by
+    ``LauncherSpec(name="grid", target="my_package.grid:Grid", detect="my_package.detect:grid",
+    nodes="any", outside=True)``::
 
-        class Pool(Launcher):
-            def launch(self, plan, function, arguments):
-                with my_pool(plan.topology.world_size) as pool:
-                    return pool.run(function, arguments)[0]
+        class Grid(Launcher):
+            owns_ranks = False
 
-    ``rank`` and ``rendezvous`` read the variables that torchrun sets, which is right for every
-    launcher that sets the same ones.
+            def launch(self, plan, function, arguments, *, fork_hazard=lambda: None):
+                return function(*arguments) if function is not None else None
+
+            def rank(self, environ):
+                return RankInfo(
+                    rank=int(environ["GRID_TASK"]),
+                    world_size=int(environ["GRID_TASKS"]),
+                    local_rank=int(environ["GRID_LOCAL_TASK"]),
+                    local_world_size=int(environ["GRID_LOCAL_TASKS"]),
+                    run_id=environ["GRID_JOB"],
+                )
+
+            def rendezvous(self, rank, environ):
+                host, port = environ["GRID_HEAD"].split(":")
+                first = rank.rank == 0
+                prefix = f"grid/{rank.run_id}"
+                return Rendezvous(address=host, port=int(port), hosts=first, prefix=prefix)
+
+    A second module, free of torch, finds out whether the cluster made this process::
+
+        def grid(environ):
+            if "GRID_JOB" not in environ:
+                return None
+            return Detection(
+                reason="grid started this process",
+                world_size=int(environ["GRID_TASKS"]),
+                processes_per_node=int(environ["GRID_LOCAL_TASKS"]),
+            )
+
+    ``rank`` and ``rendezvous`` of the base class read the variables that torchrun sets, and take
+    it that whoever started the ranks serves the store at ``MASTER_ADDR`` and ``MASTER_PORT``.
     """
 
     #: Whether the interpreter of a rank belongs to this launcher, which then ends it, rather

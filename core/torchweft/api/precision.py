@@ -19,11 +19,12 @@ class Precision:
     """Does nothing by default, which is 32-bit.
 
     A complete precision, declared by
-    ``PrecisionSpec(name="tf32", target="my_package.tf32:TF32", devices=("cuda",))``::
+    ``PrecisionSpec(name="32-medium", target="my_package.medium:Medium")``::
 
-        class TF32(Precision):
-            def forward_context(self):
-                return tf32_switched_on()
+        class Medium(Precision):
+            def start(self, device):
+                super().start(device)
+                torch.set_float32_matmul_precision("medium")
 
     ``setup`` looks once at which of ``convert_input``, ``convert_output`` and ``forward_context``
     a class overrides; what is not overridden costs nothing per step.

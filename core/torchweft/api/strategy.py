@@ -60,6 +60,9 @@ class Strategy:
                 super().start(place)
                 self.group = join_group(place, backend=place.accelerator.backend)
 
+            def stop(self, failed):
+                leave_group(self.group, failed=failed)
+
             @property
             def shard(self):
                 rank = self.place.rank
@@ -69,18 +72,24 @@ class Strategy:
             def collectives(self):
                 return ProcessGroup(self.place.device)
 
-            def step(self, optimizer, closure):
-                for group in optimizer.param_groups:
-                    for parameter in group["params"]:
-                        parameter.grad = self.collectives.all_reduce(parameter.grad)
-                return super().step(optimizer, closure)
+            def setup(self, module, optimizers, scheduler):
+                self.module = module
+                for tensor in (*module.parameters(), *module.buffers()):
+                    tensor.data.copy_(self.collectives.broadcast(tensor))
+                return super().setup(module, optimizers, scheduler)
 
-            def stop(self, failed):
-                leave_group(self.group, failed=failed)
+            def backward(self, loss, module, *args, **kwargs):
+                super().backward(loss, module, *args, **kwargs)
+                for parameter in self.module.parameters():
+                    if parameter.grad is not None:
+                        parameter.grad = self.collectives.all_reduce(parameter.grad)
+
+    Gradients are averaged in ``backward``, not in ``step``: what is clipped in between has to be
+    the average already.
 
     The constructor's keyword arguments are the strategy's options: what a user writes behind the
-    name (``"mean:bucket=25"``) is checked against its signature and annotations. The constructor
-    does no input or output and touches no device; ``start`` does.
+    name (``"ddp:bucket_cap_mb=50"``) is checked against its signature and annotations. The
+    constructor does no input or output and touches no device; ``start`` does.
     """
 
     #: Name, devices and processes of an instance whose class no spec names.

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from torchweft.api import Strategy
+from torchweft.api import Precision, Strategy
 
 __all__ = ["FabricOptimizer", "wrap_optimizer"]
 
@@ -27,14 +27,22 @@ class FabricOptimizer:
 
     optimizer: Optimizer
     modules: list[nn.Module]
+    __made_by: tuple[Strategy, Precision | None]
+    __step: Callable[..., Any] | None
+    __zero_grad: Callable[..., Any] | None
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step through the strategy and the precision."""
-        return self.__step(self.optimizer, closure)
+        if self.__step is not None:
+            return self.__step(self.optimizer, closure)
+        return self.optimizer.step() if closure is None else self.optimizer.step(closure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients through the strategy and the precision."""
-        self.__zero_grad(self.optimizer, set_to_none)
+        if self.__zero_grad is not None:
+            self.__zero_grad(self.optimizer, set_to_none)
+        else:
+            self.optimizer.zero_grad(set_to_none)
 
     # -- being the original ----------------------------------------------------------------------
 
@@ -80,37 +88,61 @@ class FabricOptimizer:
         inside = copy.deepcopy(self.optimizer, memo)
         # Copied together with its model, it steps the copy of the model.
         modules = [memo.get(id(module), module) for module in self.modules]
-        return wrap_optimizer(inside, self.__strategy, modules)
-
-    def __wrap(self, optimizer: Optimizer, strategy: Strategy, modules: list[nn.Module]) -> None:
-        own = self.__dict__
-        own["optimizer"] = optimizer
-        own["modules"] = modules
-        own["_FabricOptimizer__strategy"] = strategy
-        # Bound once: a step looks nothing up that setup could settle.
-        own["_FabricOptimizer__step"] = strategy.step
-        own["_FabricOptimizer__zero_grad"] = strategy.zero_grad
+        strategy, precision = self.__made_by
+        return wrap_optimizer(inside, strategy, modules, precision)
 
     @classmethod
-    def _of(cls, optimizer: Optimizer, strategy: Strategy, modules: list[nn.Module]) -> Any:
+    def _of(
+        cls,
+        optimizer: Optimizer,
+        strategy: Strategy,
+        modules: list[nn.Module],
+        precision: Precision | None,
+    ) -> Any:
         # Not made by the constructor: a subclass may take any arguments.
         wrapped = object.__new__(cls)
-        wrapped.__wrap(optimizer, strategy, modules)
+        own = wrapped.__dict__
+        own["optimizer"] = optimizer
+        own["modules"] = modules
+        own["_FabricOptimizer__made_by"] = (strategy, precision)
+        # Looked up once, and what nobody overrides is left out: a step consists of few calls, and
+        # each one more can be measured.
+        own["_FabricOptimizer__step"] = _unless_plain(strategy, precision, "step")
+        own["_FabricOptimizer__zero_grad"] = _unless_plain(strategy, precision, "zero_grad")
         return wrapped
+
+
+def _unless_plain(
+    strategy: Strategy, precision: Precision | None, name: str
+) -> Callable[..., Any] | None:
+    """What strategy and precision do in that method; None where it is the optimizer's own."""
+    if getattr(type(strategy), name) is not getattr(Strategy, name) or precision is None:
+        return getattr(strategy, name)  # type: ignore[no-any-return]
+    if getattr(type(precision), name) is not getattr(Precision, name):
+        return getattr(precision, name)  # type: ignore[no-any-return]
+    return None
 
 
 def _itself(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-def wrap_optimizer(optimizer: Optimizer, strategy: Strategy, modules: Sequence[nn.Module]) -> Any:
-    """A ``FabricOptimizer`` that is also an instance of the optimizer's class."""
+def wrap_optimizer(
+    optimizer: Optimizer,
+    strategy: Strategy,
+    modules: Sequence[nn.Module],
+    precision: Precision | None = None,
+) -> Any:
+    """A ``FabricOptimizer`` that is also an instance of the optimizer's class.
+
+    ``precision``: the one that ``strategy`` started with; None asks the strategy in every step.
+    """
     cls = type(optimizer)
     members = {name: _forwarded(name) for name in _data_of(optimizer)}
     wrapped_class: Any = type(
         f"Fabric{cls.__name__}", (FabricOptimizer, cls), {**members, "__doc__": cls.__doc__}
     )
-    return wrapped_class._of(optimizer, strategy, list(modules))
+    return wrapped_class._of(optimizer, strategy, list(modules), precision)
 
 
 def _data_of(optimizer: Optimizer) -> set[str]:
