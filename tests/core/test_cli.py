@@ -168,6 +168,43 @@ def test_an_error_that_is_not_ours_is_not_hidden(stand_in: Callable[..., None]) 
         main(["run"])
 
 
+def test_a_terminal_that_knows_no_colours_is_sent_none(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @click.command()
+    @click.pass_context
+    def run(ctx: click.Context) -> None:
+        click.echo(f"color={ctx.color}")
+
+    module = types.ModuleType("torchweft.cli.run")
+    module.run = run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torchweft.cli.run", module)
+    for variable, value, expected in [
+        ("NO_COLOR", "1", "False"),
+        ("NO_COLOR", "", "None"),
+        ("TERM", "dumb", "False"),
+        ("TERM", "xterm", "None"),
+    ]:
+        with monkeypatch.context() as patch:
+            patch.delenv("NO_COLOR", raising=False)
+            patch.setenv("TERM", "xterm")
+            patch.setenv(variable, value)
+            assert status("run") == 0
+        assert capsys.readouterr().out == f"color={expected}\n"
+
+
+@pytest.mark.parametrize("name", ["plan", "plugins"])
+def test_a_closed_output_is_not_an_error(name: str) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f'exec "{sys.executable}" -m torchweft {name} >&-'],
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_rows_in_a_pipe_are_lines(capsys: pytest.CaptureFixture) -> None:
     text = "word " * 50
     write_rows([("label", text), ("", "  indented")], width=8)

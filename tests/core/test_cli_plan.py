@@ -162,6 +162,31 @@ def test_json_has_the_documented_keys(looms: Path) -> None:
     assert "inline" in {rejected["name"] for rejected in decisions[3]["rejected"]}
 
 
+def test_json_holds_hints_and_notes(looms: Path) -> None:
+    (looms / "torn.py").write_text("import torn_library")
+    info = looms / "torchweft_torn-0.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torchweft-torn\nVersion: 0.1\n")
+    (info / "entry_points.txt").write_text("[torchweft]\ntorn = torn\n")
+    code = (looms / "looms.py").read_text()
+    blunt = 'return Availability(ok=False, reason="the looms are blunt", hint="sharpen them")'
+    (looms / "looms.py").write_text(code.replace("return Availability(ok=True, count=4)", blunt))
+    document = json.loads(planned(looms, "--json"))
+    rejected = {each["name"]: each for each in document["decisions"][0]["rejected"]}
+    assert rejected["loom"] == {
+        "name": "loom",
+        "provider": "torchweft-looms 0.3",
+        "reason": "the looms are blunt",
+        "hint": "sharpen them",
+    }
+    note = (
+        "plugin 'torn' (torchweft-torn 0.1) failed to load: "
+        "ModuleNotFoundError: No module named 'torn_library'"
+    )
+    assert document["notes"] == [note]
+    assert planned(looms).splitlines()[-1] == f"{'note':12}{note}"
+
+
 def test_options_are_checked_and_shown(looms: Path) -> None:
     shown = planned(looms, "--devices", "2", "--strategy", "weave:threads=4")
     assert f"\n{'':12}  with threads=4\n" in shown

@@ -95,12 +95,13 @@ def plugins(*args: str, packages: Path | None = None, **extra: str) -> str:
     return done.stdout
 
 
-def on_terminal(packages: Path, columns: int) -> str:
-    """What a person sees, without the colours."""
+def on_terminal(packages: Path, columns: int, **extra: str) -> str:
+    """What a terminal of so many columns is sent."""
     reader, writer = pty.openpty()
+    settings = {"COLUMNS": str(columns), "TERM": "xterm-256color", "NO_COLOR": "", **extra}
     with subprocess.Popen(
         [sys.executable, "-m", "torchweft", "plugins"],
-        env=environment(packages, COLUMNS=str(columns), TERM="xterm-256color"),
+        env=environment(packages, **settings),
         stdin=writer,
         stdout=writer,
         stderr=writer,
@@ -117,9 +118,7 @@ def on_terminal(packages: Path, columns: int) -> str:
             pieces.append(piece)
         os.close(reader)
         assert process.wait(timeout=60) == 0
-    shown = b"".join(pieces).decode().replace("\r\n", "\n")
-    assert "\x1b[" in shown
-    return re.sub(r"\x1b\[[0-9;]*m", "", shown)
+    return b"".join(pieces).decode().replace("\r\n", "\n")
 
 
 def line_of(text: str, kind: str, name: str, provider: str = "") -> str:
@@ -184,7 +183,10 @@ def test_every_plugin_is_listed(packages: Path) -> None:
 
 def test_a_disabled_plugin_is_off_and_its_names_are_gone(packages: Path) -> None:
     shown = plugins(packages=packages, TORCHWEFT_DISABLE_PLUGINS="torn,rival")
-    assert re.match(r"plugin +torn +off +torchweft-torn 0\.1 ", line_of(shown, "plugin", "torn"))
+    torn = line_of(shown, "plugin", "torn")
+    assert re.match(
+        r"plugin +torn +off +torchweft-torn 0\.1 +disabled by TORCHWEFT_DISABLE_PLUGINS$", torn
+    )
     assert "torn_library" not in shown
     assert re.match(r"strategy +weave +yes +torchweft-acme", line_of(shown, "strategy", "weave"))
 
@@ -246,9 +248,20 @@ def test_json_has_the_documented_keys(packages: Path) -> None:
     }
 
 
+def test_a_disabled_plugin_is_said_to_be_in_json(packages: Path) -> None:
+    shown = plugins("--json", packages=packages, TORCHWEFT_DISABLE_PLUGINS="acme")
+    document = json.loads(shown)
+    disabled = {plugin["name"]: plugin["disabled"] for plugin in document["plugins"]}
+    assert disabled["acme"] is True
+    assert disabled["rival"] is False
+    assert "torchweft-acme 0.3" not in {row["provider"] for row in document["rows"]}
+
+
 @pytest.mark.parametrize("columns", [60, 80, 140])
 def test_a_terminal_shows_everything_and_nothing_too_wide(packages: Path, columns: int) -> None:
-    shown = on_terminal(packages, columns)
+    coloured = on_terminal(packages, columns)
+    assert "\x1b[" in coloured
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", coloured)
     assert max(len(line) for line in shown.splitlines()) <= columns
     assert "…" not in shown
     for heading in ("Accelerators", "Strategies", "Precisions", "Launchers", "Plugins"):
@@ -260,6 +273,18 @@ def test_a_terminal_shows_everything_and_nothing_too_wide(packages: Path, column
     assert re.sub(r"\s", "", f"why not: {LONG_REASON}what to do: upgrade acme's driver") in letters
     assert re.sub(r"\s", "", "clash: 'weave' is also declared by torchweft-acme 0.3") in letters
     assert re.sub(r"\s", "", "No module named 'torn_library'") in letters
+
+
+@pytest.mark.parametrize(("variable", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_a_terminal_without_colours_is_sent_none(packages: Path, variable: str, value: str) -> None:
+    shown = on_terminal(packages, 80, **{variable: value})
+    assert "\x1b" not in shown
+    assert re.search(r"^weave +clash +torchweft-acme", shown, re.MULTILINE)
+
+
+def test_aliases_have_a_line_of_their_own_on_a_terminal(packages: Path) -> None:
+    shown = on_terminal(packages, 80, NO_COLOR="1")
+    assert re.search(r"^ +also: weaver *$", shown, re.MULTILINE)
 
 
 def test_it_imports_neither_torch_nor_rich_in_a_pipe() -> None:

@@ -95,7 +95,10 @@ class Autocast(Precision):
 
     def convert_output(self, data: Any) -> Any:
         """Floating-point tensors to torch's default dtype."""
-        return convert_floats(data, torch.get_default_dtype())
+        dtype = torch.get_default_dtype()
+        if type(data) is Tensor:  # the common case, without another call
+            return data.to(dtype) if data.is_floating_point() else data
+        return convert_floats(data, dtype)
 
     def forward_context(self) -> AbstractContextManager[Any]:
         """An autocast region; it may be entered inside another one, and in any thread."""
@@ -106,8 +109,6 @@ class Autocast(Precision):
 
 def convert_floats(data: Any, dtype: torch.dtype) -> Any:
     """Floating-point tensors in nested collections as ``dtype``; everything else is kept."""
-    if type(data) is Tensor:  # the common case, without a walk
-        return data.to(dtype) if data.is_floating_point() else data
 
     def convert(leaf: Any) -> Any:
         if isinstance(leaf, Tensor) and leaf.is_floating_point():

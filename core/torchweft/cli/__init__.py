@@ -17,7 +17,7 @@ import click
 from torchweft import __version__
 from torchweft.errors import InvalidRequest, RankFailed, TorchweftError, did_you_mean
 
-__all__ = ["main", "write_json", "write_rows"]
+__all__ = ["main", "on_terminal", "write_json", "write_rows"]
 
 #: Name -> where the command is, and the line that ``torchweft --help`` shows without importing it.
 _COMMANDS: Mapping[str, tuple[str, str]] = {
@@ -56,7 +56,7 @@ class _Commands(click.Group):
             formatter.write_dl([(name, line) for name, (_, line) in _COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
-        if os.environ.get("NO_COLOR"):
+        if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
             ctx.color = False
         try:
             return super().invoke(ctx)
@@ -72,8 +72,13 @@ class _Commands(click.Group):
 def _torchweft() -> None:
     """Scale a plain PyTorch training loop to any device, strategy and number of processes.
 
-    TORCHWEFT_TRACE=1 prints every hook call, and the traceback of an error.
-    TORCHWEFT_DISABLE_PLUGINS=a,b leaves plugins out.
+    Environment:
+
+    \b
+      TORCHWEFT_DISABLE_PLUGINS=a,b  Leave plugins out.
+      TORCHWEFT_LAUNCHER=NAME        Choose who makes the processes.
+      TORCHWEFT_TRACE=1              Print every hook call, and the traceback
+                                     of an error.
     """
 
 
@@ -87,6 +92,11 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     raise SystemExit(0)  # click exits by itself
 
 
+def on_terminal() -> bool:
+    """Whether a person reads the output; False when it is closed."""
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
 def write_json(document: Mapping[str, Any]) -> None:
     """Print one JSON object, indented, as UTF-8 text whatever the terminal's language."""
     click.echo(json.dumps(document, indent=2))
@@ -98,7 +108,7 @@ def write_rows(rows: Iterable[tuple[str, str]], *, width: int) -> None:
     On a terminal a long text is wrapped within its column; in a pipe a row is a line, so that
     tools which read lines see whole sentences. Indentation at the start of a text is kept.
     """
-    terminal = sys.stdout.isatty()
+    terminal = on_terminal()
     columns = max(shutil.get_terminal_size().columns, width + 20)
     for label, text in rows:
         lines = [text]

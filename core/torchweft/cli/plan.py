@@ -22,11 +22,11 @@ _LABEL = 12
 
 @click.command()
 @click.option("--accelerator", metavar="NAME", help="Kind of device, such as cpu.")
-@click.option("--strategy", metavar="NAME", help="With options: ddp:static_graph=true.")
-@click.option("--devices", metavar="N", help="A number, indices (0,2), all or auto.")
-@click.option("--num-nodes", metavar="N", help="A number, or least:most.")
+@click.option("--strategy", metavar="NAME", help="Such as ddp, or ddp:static_graph=true.")
+@click.option("--devices", metavar="N", help="A number, indices such as 0,2, or all.")
+@click.option("--num-nodes", metavar="N", help="A number, or LEAST:MOST.")
 @click.option("--precision", metavar="NAME", help="Such as 32-true or bf16-mixed.")
-@click.option("--launcher", metavar="NAME", help="Who makes the processes.")
+@click.option("--launcher", metavar="NAME", help="Who makes the processes, such as spawn.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 def plan(as_json: bool, **given: str | None) -> None:
     """Show what Fabric(...) with these arguments would decide here, why, and what it rejected.
@@ -42,7 +42,9 @@ def plan(as_json: bool, **given: str | None) -> None:
                     "rejected": [{"name", "provider", "reason", "hint"}]}],
      "notes": [sentence]}
 
-    "num_nodes" is a number, or [least, most] for an elastic run.
+    "num_nodes" is a number, or [least, most] for an elastic run; "hint" says what to do about a
+    rejection, and may be empty; "notes" hold what else is worth knowing, such as a plugin that
+    failed to load.
     """
     manager = Manager.from_entry_points(os.environ)
     catalog = Catalog(manager.declared)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -11,7 +10,7 @@ from dataclasses import asdict, dataclass
 import click
 
 from torchweft.catalog import Catalog, Row
-from torchweft.cli import write_json
+from torchweft.cli import on_terminal, write_json
 from torchweft.manager import Declared, Manager
 from torchweft.specs import KINDS
 
@@ -43,8 +42,10 @@ def plugins(as_json: bool) -> None:
      "rows": [{"kind", "name", "aliases", "provider", "summary",
                "available", "reason", "hint", "clash"}]}
 
-    "error" is empty for a plugin that works, "clash" for a name that one plugin alone declares;
-    "reason" and "hint" say why an entry is not available and what to do.
+    "error" is empty for a plugin that works; "disabled" is true for one that
+    TORCHWEFT_DISABLE_PLUGINS names, and whose names are not in "rows". "reason" and "hint" say why
+    an entry is not available and what to do; "clash" is empty for a name that one plugin alone
+    declares.
 
     TORCHWEFT_TRACE=1 prints the traceback of every plugin that failed to load.
     """
@@ -55,7 +56,7 @@ def plugins(as_json: bool) -> None:
             click.echo(plugin.trace, err=True, nl=False)
     if as_json:
         write_json(_document(declared, rows))
-    elif sys.stdout.isatty():
+    elif on_terminal():
         _write_table(_lines(declared, rows))
     else:
         _write_plain(_lines(declared, rows))
@@ -94,14 +95,14 @@ def _lines(declared: Iterable[Declared], rows: Iterable[Row]) -> list[_Line]:
 
 def _row_line(row: Row) -> _Line:
     here = "yes" if row.available else "no"
-    also = f"; also: {', '.join(row.aliases)}" if row.aliases else ""
     return _Line(
         kind=row.kind,
         name=row.name,
         here="clash" if row.clash else here,
         provider=row.provider,
         notes=_notes(
-            ("", f"{row.summary}{also}".lstrip("; "), ""),
+            ("", row.summary, ""),
+            ("also: ", ", ".join(row.aliases), ""),
             ("note: " if row.available else "why not: ", row.reason, "yellow"),
             ("what to do: ", row.hint, "cyan"),
             ("clash: ", row.clash, "red"),
@@ -123,7 +124,7 @@ def _plugin_line(plugin: Declared) -> _Line:
     )
     broken = (("failed to load: ", plugin.error, "red"), ("what to do: ", way_out, "cyan"))
     working = (("declares ", declares or "nothing to choose, hooks only", ""),)
-    disabled = (("", "named by TORCHWEFT_DISABLE_PLUGINS", ""),)
+    disabled = (("", "disabled by TORCHWEFT_DISABLE_PLUGINS", ""),)
     here, notes = ("broken", broken) if plugin.error else ("yes", working)
     return _Line(
         kind="plugin",
@@ -189,4 +190,5 @@ def _write_table(lines: list[_Line]) -> None:
             about = Text("\n").join(Text(sentence, style=c) for sentence, c in line.notes)
             here = Text(line.here, style=colours[line.here])
             table.add_row(Text(line.name), here, Text(line.provider), about)
-    Console(highlight=False).print(table)
+    plain = click.get_current_context().color is False
+    Console(highlight=False, color_system=None if plain else "auto").print(table)

@@ -38,6 +38,13 @@ class FabricModule(nn.Module):
     __guard: _BackwardGuard | None
     __marked: dict[str, Callable[..., Any]]
 
+    def __new__(cls, original: nn.Module, *args: Any, **kwargs: Any) -> FabricModule:
+        # Python looks for these in the class alone, and some mean something by being there.
+        found = [name for name in _CONTAINER if hasattr(type(original), name)]
+        members = {name: _delegated(name, type(original)) for name in found}
+        made: FabricModule = object.__new__(type(cls.__name__, (cls,), members) if found else cls)
+        return made
+
     # nn.Module's constructor is not called: all that it would set is looked up in the original.
     def __init__(
         self,
@@ -68,7 +75,7 @@ class FabricModule(nn.Module):
         if strategy.owns_backward or precision.scales_loss:
             guard = _BackwardGuard(original, backward_open, _wrong_backward(strategy, precision))
         own["_FabricModule__guard"] = guard
-        own["_FabricModule__run"] = _route(call or prepared, precision, guard)
+        own["_FabricModule__run"] = _route(prepared if call is None else call, precision, guard)
 
     @property
     def module(self) -> nn.Module:
@@ -166,14 +173,17 @@ def _itself(module: nn.Module) -> nn.Module:
     return module
 
 
-def _delegated(name: str) -> Callable[..., Any]:
-    @functools.wraps(getattr(nn.Module, name))
+def _delegated(name: str, kind: type = nn.Module) -> Callable[..., Any]:
+    @functools.wraps(getattr(kind, name))
     def method(self: FabricModule, *args: Any, **kwargs: Any) -> Any:
         result = getattr(self.module, name)(*args, **kwargs)
         return self if result is self.module else result
 
     return method
 
+
+# What makes a module a sequence or a mapping of others.
+_CONTAINER = ("__len__", "__iter__", "__contains__", "__getitem__", "__setitem__", "__delitem__")
 
 # What nn.Module would do with its own registries is done with the original's.
 for _name, _member in list(vars(nn.Module).items()):
@@ -189,36 +199,29 @@ def _route(
 ) -> Callable[..., Any]:
     """What a call does, settled once: what the precision does not override costs nothing."""
     kind = type(precision)
-    convert_input = convert_output = None
+    convert_input = convert_output = context = None
     if kind.convert_input is not Precision.convert_input:
         convert_input = precision.convert_input
     if kind.convert_output is not Precision.convert_output:
         convert_output = precision.convert_output
-    if kind.forward_context is Precision.forward_context:
-        inside = call
-    else:
-        inside = _within(precision, call)
-    if convert_input is None and convert_output is None and guard is None:
-        return inside
+    if kind.forward_context is not Precision.forward_context:
+        context = precision.forward_context
+    if all(part is None for part in (convert_input, convert_output, context, guard)):
+        return call
 
+    # One function for all of it: in a step of few calls, each one more can be measured.
     def run(*args: Any, **kwargs: Any) -> Any:
         if convert_input is not None:
             args = convert_input(args)
             kwargs = convert_input(kwargs)
-        output = inside(*args, **kwargs)
+        if context is None:
+            output = call(*args, **kwargs)
+        else:
+            with context():
+                output = call(*args, **kwargs)
         if convert_output is not None:
             output = convert_output(output)
         return output if guard is None else guard.watch(output)
-
-    return run
-
-
-def _within(precision: Precision, call: Callable[..., Any]) -> Callable[..., Any]:
-    context = precision.forward_context
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with context():
-            return call(*args, **kwargs)
 
     return run
 
