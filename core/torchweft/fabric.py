@@ -818,7 +818,8 @@ def _name(value: Any) -> str:
 
 
 def _described(value: Any) -> str:
-    return f"the class {value.__name__}" if isinstance(value, type) else f"a {_name(value)}"
+    cls = type(value).__name__
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {cls}"
 
 
 def _listed(value: Any) -> list[Any]:

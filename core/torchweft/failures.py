@@ -79,8 +79,11 @@ def first_failure(failures: Sequence[Failure]) -> Failure:
     return min(failures, key=order)
 
 
-def report(failures: Sequence[Failure], world_size: int) -> RankFailed:
-    """One report of all failures: the cause with its traceback, the others in one line."""
+def report(failures: Sequence[Failure], world_size: int, ended: Sequence[int] = ()) -> RankFailed:
+    """One report of all failures: the cause with its traceback, the others in one line.
+
+    ``ended``: ranks that had ended well before; the others may have waited for them in vain.
+    """
     first = first_failure(failures)
     lines = [f"rank {first.rank} of {world_size} failed: {first.cause()}"]
     others = [f for f in failures if f is not first]
@@ -90,6 +93,12 @@ def report(failures: Sequence[Failure], world_size: int) -> RankFailed:
     told = [f"rank {f.rank}: {_brief(f.cause())}" for f in others if f.cause() != first.cause()]
     if told:
         lines.append(f"after it: {'; '.join(told)}")
+    if first.lost_peer and ended:
+        who = ", ".join(map(str, sorted(ended)))
+        lines.append(
+            f"rank {who} had ended before, with status 0; every rank has to take part in every "
+            "collective operation"
+        )
     if first.trace:
         lines += ["", first.trace.rstrip()]
     return RankFailed("\n".join(lines), rank=first.rank, exit_status=first.exit_status or 1)

@@ -1,4 +1,4 @@
-"""The program of a rank that is a fresh interpreter: ``python -m torchweft.fresh train.py …``.
+"""The program of a rank that is a fresh interpreter: ``torchweft.fresh FOLDER train.py …``.
 
 Imports no torch, so that a script may set variables which torch reads when it is imported.
 """
@@ -9,17 +9,28 @@ import os
 import sys
 
 from torchweft import process
+from torchweft.handoff import Handoff
 
 __all__ = ["main"]
 
 
 def main() -> None:
     """Run the script that the command line names, as this rank."""
-    process.die_with_parent(os.getppid())
-    process.share_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    handoff = Handoff.read(os.environ)
+    if handoff is None or handoff.parent is None:  # the command has died meanwhile
+        os._exit(1)
+    process.die_with_parent(handoff.parent)
+    folder, script, *arguments = sys.argv[1:]
+    if sys.platform == "linux":
+        marks = process.Marks(folder, int(os.environ["TORCHELASTIC_RESTART_COUNT"]))
+        # torch's agent sends signals to the whole session, guard and rank.
+        code = process.fork_guarded(pass_on=False, marks=marks)
+        if code is not None:
+            process.end_like(code)
+    process.claim(os.environ)
+    process.share_threads(int(os.environ["LOCAL_WORLD_SIZE"]))
+    if os.environ["LOCAL_RANK"] != "0":
         process.close_stdin()
-    script, *arguments = sys.argv[1:]
     os._exit(process.run_script(script, arguments))
 
 

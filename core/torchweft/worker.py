@@ -8,6 +8,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch.distributed as dist
+
 from torchweft import process
 from torchweft.api import Accelerator, Launcher, Place, Precision, Run, Strategy
 from torchweft.errors import BrokenPlugin
@@ -103,4 +105,9 @@ def join(plan: RunPlan, parts: Parts, manager: Manager, environ: Mapping[str, st
 
 def stay(live: Live, *, owned: bool) -> None:
     """Leave the run when this interpreter's script has ended."""
-    process.own_the_end(live.leave, owned=owned)
+    if owned:
+        process.own_the_end()
+    # A group's destructors may wait for other ranks; where there never was one, Python's own
+    # teardown is left to do its work.
+    keep = live.run.rank.world_size > 1 or (dist.is_available() and dist.is_initialized())
+    process.stay_until_the_end(live.leave, keep=keep)

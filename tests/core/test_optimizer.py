@@ -375,8 +375,10 @@ def test_an_optimizer_without_a_model_is_refused(fabric: Fabric) -> None:
     optimizer = SGD(net.parameters(), lr=0.1)
     with pytest.raises(InvalidRequest, match="SGD holds no parameter of a model that was set up"):
         fabric.setup_optimizers(optimizer)
-    fabric.setup_module(net)
-    assert fabric.setup_optimizers(optimizer).optimizer is optimizer
+    model = fabric.setup_module(net)
+    wrapped = fabric.setup_optimizers(optimizer)
+    assert wrapped.optimizer is optimizer
+    assert wrapped.modules == [model.prepared]
 
 
 def test_one_optimizer_of_several_models(fabric: Fabric) -> None:

@@ -251,7 +251,8 @@ def test_threads_do_not_end_each_others_contexts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "dtype"), [*TRUE.items(), ("32-true", torch.float32), ("bf16-mixed", torch.float32)]
+    ("precision", "dtype"),
+    [*TRUE.items(), ("32-true", torch.float32), ("bf16-mixed", torch.float32)],
 )
 def test_modules_and_tensors_are_made_in_the_dtype_of_parameters(
     precision: str, dtype: torch.dtype

@@ -1,82 +1,180 @@
-"""NVIDIA GPUs as an accelerator."""
+"""NVIDIA GPUs: refused where there is none, and used where there is one."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from torchweft import Fabric
 from torchweft.api import RankInfo
 from torchweft.errors import NotAvailable
 from torchweft_cuda.accelerator import CUDA
 
-gpu = pytest.mark.gpu
-needs_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="torch sees no NVIDIA GPU here"
-)
-needs_none = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is an NVIDIA GPU")
 
 
-@needs_none
+def run(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# -- without a GPU -------------------------------------------------------------------------------
+
+
+@without_gpu
 @pytest.mark.parametrize("name", ["cuda", "gpu"])
-def test_asked_for_without_a_gpu(name: str) -> None:
-    with pytest.raises(NotAvailable, match=f"accelerator '{name}' cannot be used here") as caught:
-        Fabric(accelerator=name, devices=1)
-    assert "'cuda' (torchweft-cuda" in str(caught.value)
-    assert "no NVIDIA driver answers" in str(caught.value)
+def test_asked_for_without_a_gpu_it_is_an_error_that_says_why(name: str) -> None:
+    with pytest.raises(NotAvailable, match=r"'cuda' .*accelerator='cpu'"):
+        Fabric(accelerator=name)
 
 
-@needs_none
-def test_bind_says_what_to_compare() -> None:
-    with pytest.raises(NotAvailable, match=r"torch\.version\.cuda with the driver"):
+@without_gpu
+def test_auto_passes_it_over_and_says_why() -> None:
+    plan = Fabric().plan
+    assert plan.accelerator.name == "cpu"
+    rejected = {r.name: r for d in plan.decisions for r in d.rejected}
+    assert "driver" in rejected["cuda"].reason or "CUDA" in rejected["cuda"].reason
+
+
+@without_gpu
+def test_a_process_without_a_gpu_cannot_be_bound() -> None:
+    with pytest.raises(NotAvailable, match=r"cannot use a GPU in this process; compare"):
         CUDA().bind(RankInfo(), (0,))
 
 
-@needs_none
-def test_no_hazard_where_nothing_was_opened() -> None:
+@without_gpu
+def test_without_a_device_a_fork_is_safe() -> None:
     assert CUDA().fork_hazard() is None
 
 
-@gpu
+def test_an_open_device_file_is_a_hazard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even asking whether there is a GPU opens one, without torch calling that initialised."""
+    reader = os.readlink
+
+    def readlink(path: Path) -> str:
+        target = reader(path)
+        return "/dev/nvidiactl" if target == str(tmp_path / "device") else target
+
+    (tmp_path / "device").touch()
+    monkeypatch.setattr("torchweft_cuda.accelerator.os.readlink", readlink)
+    with open(tmp_path / "device"):
+        assert CUDA().fork_hazard() == (
+            "CUDA holds /dev/nvidiactl open, which a forked process cannot use"
+        )
+
+
+def test_making_one_touches_no_device() -> None:
+    assert run(
+        "import torch; from torchweft_cuda.accelerator import CUDA\n"
+        "CUDA(); print(torch.cuda.is_initialized())"
+    ) == ("False\n")
+
+
+# -- with a GPU ----------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
 @needs_gpu
-def test_binds_the_device_of_its_rank() -> None:
-    last = torch.cuda.device_count() - 1
-    device = CUDA().bind(RankInfo(), (last,))
-    assert device == torch.device("cuda", last)
-    assert torch.cuda.current_device() == last
+class TestOneGPU:
+    def test_a_step(self) -> None:
+        fabric = Fabric(accelerator="gpu", devices=1)
+        assert fabric.plan.accelerator.name == "cuda"
+        net = nn.Linear(2, 2)
+        model, optimizer = fabric.setup(net, torch.optim.Adam(net.parameters()))
+        assert fabric.device == torch.device("cuda", 0)
+        assert model.weight.device == fabric.device
+        assert model.device == fabric.device
+        fabric.backward(model(fabric.to_device(torch.ones(1, 2))).sum())
+        optimizer.step()
+        assert optimizer.state[net.weight]["exp_avg"].device == fabric.device
 
+    def test_it_is_what_auto_takes(self) -> None:
+        assert Fabric(devices=1).plan.accelerator.name == "cuda"
 
-@gpu
-@needs_gpu
-def test_looking_alone_is_a_hazard() -> None:
-    """In a fresh process: nothing was asked of CUDA before."""
-    code = (
-        "from torchweft_cuda.accelerator import CUDA\n"
-        "import torch\n"
-        "before = CUDA().fork_hazard()\n"
-        "torch.cuda.is_available()\n"
-        "print(before, '|', CUDA().fork_hazard())\n"
-    )
-    ended = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
-    )
-    before, after = ended.stdout.strip().split(" | ")
-    assert before == "None"
-    assert "CUDA" in after
+    def test_state_from_the_host_follows_the_model(self) -> None:
+        net = nn.Linear(2, 2)
+        optimizer = torch.optim.Adam(net.parameters())
+        net(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        fabric = Fabric(accelerator="cuda", devices=1)
+        model, wrapped = fabric.setup(net, optimizer)
+        assert optimizer.state[net.weight]["exp_avg"].device == fabric.device
+        wrapped.zero_grad()
+        fabric.backward(model(fabric.to_device(torch.ones(1, 2))).sum())
+        wrapped.step()
 
+    @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+    def test_precisions(self, precision: str) -> None:
+        fabric = Fabric(accelerator="cuda", devices=1, precision=precision)
+        net = nn.Linear(2, 2)
+        model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=0.1))
+        before = model.weight.detach().clone()
+        output = model(fabric.to_device(torch.ones(1, 2)))
+        assert output.dtype == torch.float32
+        fabric.backward(output.sum())
+        optimizer.step()
+        assert not torch.equal(model.weight, before)
 
-@gpu
-@needs_gpu
-def test_memory_and_random_state() -> None:
-    accelerator = CUDA()
-    device = accelerator.bind(RankInfo(), (0,))
-    state = accelerator.rng_state()
-    first = torch.rand(4, device=device)
-    accelerator.set_rng_state(state)
-    assert torch.equal(torch.rand(4, device=device), first)
-    held = torch.zeros(1 << 20, device=device)
-    assert accelerator.memory()["allocated"] >= held.nbytes
-    accelerator.synchronize()
+    def test_modules_are_made_on_the_device(self) -> None:
+        fabric = Fabric(accelerator="cuda", devices=1, precision="bf16-true")
+        with fabric.init_module():
+            net = nn.Linear(2, 2)
+        assert (net.weight.device, net.weight.dtype) == (fabric.device, torch.bfloat16)
+
+    def test_memory_and_random_streams(self) -> None:
+        fabric = Fabric(accelerator="cuda", devices=1)
+        before = fabric.accelerator.memory() if fabric.device else {}
+        kept = torch.empty(1 << 20, device=fabric.device)
+        after = fabric.accelerator.memory()
+        assert set(after) == {"allocated", "reserved", "max_allocated"}
+        assert after["allocated"] - before["allocated"] == kept.nbytes
+        state = fabric.accelerator.rng_state()
+        drawn = torch.rand(3, device=fabric.device)
+        fabric.accelerator.set_rng_state(state)
+        assert torch.equal(torch.rand(3, device=fabric.device), drawn)
+        fabric.accelerator.synchronize()
+
+    def test_what_was_made_on_the_device_is_saved_and_loaded(self, tmp_path: Path) -> None:
+        fabric = Fabric(accelerator="cuda", devices=1)
+        model = fabric.setup(nn.Linear(2, 2))
+        fabric.save(tmp_path / "x.ckpt", {"model": model})
+        content = torch.load(tmp_path / "x.ckpt", weights_only=True)
+        assert content["model"]["weight"].device.type == "cpu"
+        expected = model.weight.detach().clone()
+        nn.init.zeros_(model.weight)
+        fabric.load(tmp_path / "x.ckpt", {"model": model})
+        assert torch.equal(model.weight, expected)
+        assert model.weight.device == fabric.device
+
+    def test_deciding_leaves_a_fork_safe_and_asking_torch_does_not(self) -> None:
+        assert (
+            run(
+                "import torch\n"
+                "from torchweft import Fabric\n"
+                "fabric = Fabric(accelerator='cuda', devices=1)\n"
+                "print(fabric.accelerator.fork_hazard())\n"
+                "torch.cuda.is_available()\n"
+                "print('open' in fabric.accelerator.fork_hazard())\n"
+                "torch.zeros(1, device='cuda')\n"
+                "print(fabric.accelerator.fork_hazard())\n"
+            )
+            == "None\nTrue\nCUDA was initialised before the fork\n"
+        )
+
+    def test_more_devices_than_there_are_is_an_error(self) -> None:
+        with pytest.raises(NotAvailable, match=rf"has {torch.cuda.device_count()} \("):
+            Fabric(accelerator="cuda", devices=torch.cuda.device_count() + 1)

@@ -136,18 +136,11 @@ class ProcessGroup(Collectives):
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         """Stacked over the group, on the device that ``tensor`` is on."""
-        work = tensor.to(self._device).contiguous()
+        work = tensor.to(self._device)
         if sync_grads:
-            from torch.distributed.nn import functional
-
-            world = group if group is not None else dist.group.WORLD
-            parts = functional.all_gather(work, group=world)  # type: ignore[no-untyped-call]
-            return torch.stack(tuple(parts)).to(tensor.device)
-        gathered = torch.empty(
-            (dist.get_world_size(group), *work.shape), dtype=work.dtype, device=work.device
-        )
-        received = [_bytes_of(part) for part in gathered]
-        dist.all_gather(received, _bytes_of(work.detach()), group=group)
+            gathered: Tensor = _Gather.apply(work, group)  # type: ignore[no-untyped-call]
+        else:
+            gathered = _gather(work.detach(), group)
         return gathered.to(tensor.device)
 
     def barrier(self) -> None:
@@ -189,6 +182,33 @@ def _bytes_of(tensor: Tensor) -> Tensor:
     """
     plain = tensor.resolve_conj().resolve_neg().contiguous()
     return plain.reshape(-1).view(torch.uint8)
+
+
+# -- gathering -----------------------------------------------------------------------------------
+
+
+def _gather(tensor: Tensor, group: Any) -> Tensor:
+    shape = (dist.get_world_size(group), *tensor.shape)
+    gathered = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+    received = [_bytes_of(part) for part in gathered]
+    dist.all_gather(received, _bytes_of(tensor), group=group)
+    return gathered
+
+
+class _Gather(torch.autograd.Function):
+    """``_gather``, through which gradients flow back to where each part came from."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return _gather(tensor, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        # Not reduce_scatter, which would send less, but which not every backend has.
+        total = grads[0].contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total[dist.get_rank(ctx.group)], None
 
 
 # -- broadcasting what the others do not know ----------------------------------------------------

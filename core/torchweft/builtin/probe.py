@@ -18,4 +18,5 @@ def mps() -> Availability:
         ok=False,
         reason=f"this is {platform.system()} on {platform.machine()}, not an Apple computer with "
         "Apple silicon",
+        hint="use accelerator='cpu'",
     )

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import multiprocessing
+import multiprocessing.util
 import os
 import shutil
 import socket
 import sys
 import tempfile
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -18,10 +21,12 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from torchweft import process
 from torchweft.builtin.launchers.agent_rank import Script, Stdin, work
 from torchweft.errors import RankFailed, TorchweftError
-from torchweft.failures import Failure, read_failure, report
+from torchweft.failures import read_failure, report
 from torchweft.handoff import Handoff
+from torchweft.process import Marks
 
 if TYPE_CHECKING:
     from torchweft.cli.run import Job
@@ -36,41 +41,59 @@ def drive(job: Job) -> NoReturn:
     """Run the job to its end and end this process with its status."""
     _quieten()
     folder = Path(tempfile.mkdtemp(prefix="torchweft-"))
-    status = 0
+    status = 1
     try:
-        store, endpoint = _host_store(job)
-        config = _config(job, endpoint, folder)
-        try:
-            _launch(job, config)
-        except ChildFailedError as error:
-            failure = _describe(error, job, folder)
-            sys.stderr.write(f"torchweft: {failure}\n")
-            status = failure.exit_status
-        except SignalException as error:
-            status = 128 + int(error.sigval)
-        del store
+        status = _drive(job, folder)
+    except SystemExit as ended:  # told to, before the agent minds signals
+        status = int(ended.code or 0)
+    except SignalException as error:
+        status = 128 + int(error.sigval)
+    except TorchweftError as error:
+        process.write_error(f"error: {error}\n")
+    except BaseException as error:
+        process.write_error(process.format_error(error))
     finally:
+        # The ranks are gone; tearing torch down here would only take time.
         shutil.rmtree(folder, ignore_errors=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # The ranks are gone; tearing torch down here would only take time.
-    os._exit(status)
+        process.flush_streams()
+        _end_fork_server()
+        os._exit(status)
 
 
-def _launch(job: Job, config: LaunchConfig) -> None:
+def _drive(job: Job, folder: Path) -> int:
+    store, endpoint = _host_store(job)
+    try:
+        _launch(job, _config(job, endpoint, folder), folder)
+    except ChildFailedError as error:
+        failure = _describe(error, job, folder)
+        process.write_error(f"torchweft: {failure}\n")
+        return failure.exit_status
+    finally:
+        del store
+    return 0
+
+
+def _end_fork_server() -> None:
+    """Let go of it, and of the folder with its socket that ``multiprocessing`` made."""
+    with contextlib.suppress(Exception):
+        multiprocessing.util._run_finalizers()  # type: ignore[attr-defined]
+
+
+def _launch(job: Job, config: LaunchConfig, folder: Path) -> None:
     if job.fresh:
         handoff = Handoff(
             run_id=job.run_id, launcher="torchrun", flags=job.flags, parent=os.getpid()
         )
         os.environ.update(handoff.to_environ())
-        program = ["-m", "torchweft.fresh", job.script, *job.arguments]
-        elastic_launch(config, sys.executable)(*program)
+        program = [*process.interpreter_flags(), "-m", "torchweft.fresh", str(folder), job.script]
+        elastic_launch(config, sys.executable)(*program, *job.arguments)
         return
     script = Script(
         path=job.script,
         arguments=job.arguments,
         run_id=job.run_id,
         flags=job.flags,
+        folder=str(folder),
         stdin=_stdin(),
     )
     # All ranks of a node are requested at once; the fork server answers one after another.
@@ -96,7 +119,17 @@ def _config(job: Job, endpoint: str, folder: Path) -> LaunchConfig:
         start_method="forkserver",
         logs_specs=DefaultLogsSpecs(log_dir=str(folder)),
         local_addr="127.0.0.1" if most == 1 else None,
+        **_signals(),
     )
+
+
+def _signals() -> dict[str, Any]:
+    """Those that the agent obeys: what ``nohup`` has switched off stays so."""
+    names = ",".join(number.name for number in process.respected())
+    # An older torch reads the variable alone, a newer one overwrites it.
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = names
+    known = {field.name for field in fields(LaunchConfig)}
+    return {"signals_to_handle": names} if "signals_to_handle" in known else {}
 
 
 def _host_store(job: Job) -> tuple[Any, str]:
@@ -134,22 +167,26 @@ def _stdin() -> Stdin | None:
 
 
 def _describe(error: ChildFailedError, job: Job, folder: Path) -> RankFailed:
-    """The first failure, with what the ranks of the last attempt left in their error files."""
-    found: dict[int, Failure] = {}
-    attempts = sorted(
-        folder.glob("*/attempt_*"), key=lambda path: int(path.name.rpartition("_")[2])
-    )
-    for file in attempts[-1].glob("*/error.json") if attempts else ():
+    """The first failure, with what is known of the other ranks of the last attempt."""
+    codes: dict[int, int] = {rank: failure.exitcode for rank, failure in error.failures.items()}
+    codes.update(Marks(str(folder), _last_attempt(folder)).read())
+    files: dict[int, Path] = {}
+    for file in folder.glob(f"*/attempt_{_last_attempt(folder)}/*/error.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            rank = int(json.loads(file.read_text())["message"]["extraInfo"]["rank"])
-            found[rank] = read_failure(rank, 1, file)
-    for rank, failure in error.failures.items():
-        exitcode = failure.exitcode
-        earlier = found.get(rank)
-        if earlier is None:
-            found[rank] = Failure(rank=rank, exitcode=exitcode)
-    least = job.num_nodes[1] if isinstance(job.num_nodes, tuple) else job.num_nodes
-    return report(list(found.values()), least * job.processes)
+            files[json.loads(file.read_text())["message"]["extraInfo"]["rank"]] = file
+    failures = [
+        read_failure(rank, codes.get(rank, 1), files.get(rank, folder / "none"))
+        for rank in sorted({*codes, *files})
+        if codes.get(rank, 1) != 0
+    ]
+    most = job.num_nodes[1] if isinstance(job.num_nodes, tuple) else job.num_nodes
+    ended = [rank for rank, code in codes.items() if code == 0]
+    return report(failures, most * job.processes, ended)
+
+
+def _last_attempt(folder: Path) -> int:
+    numbers = [int(path.name.rpartition("_")[2]) for path in folder.glob("*/attempt_*")]
+    return max(numbers, default=0)
 
 
 def _quieten() -> None:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import click
 
+from torchweft import process
 from torchweft.catalog import Catalog
 from torchweft.errors import IncompatiblePlan, InvalidRequest, NotAvailable
 from torchweft.handoff import Handoff
@@ -107,6 +108,7 @@ def run(script: str, arguments: tuple[str, ...], **options: Any) -> None:
     if request.devices is None:
         _refuse_without_devices(given)
         _become_python(script, arguments, flags)
+    process.exit_on_signals()
     processes, preload = _processes(request)
     job = Job(
         script=script,
@@ -121,7 +123,8 @@ def run(script: str, arguments: tuple[str, ...], **options: Any) -> None:
         max_restarts=given.get("max_restarts", 0),
         rdzv_backend=given.get("rdzv_backend"),
         rdzv_endpoint=given.get("rdzv_endpoint"),
-        fresh=bool(given.get("no_preload")),
+        # Elsewhere than on Linux a process that has used the system's libraries cannot be forked.
+        fresh=bool(given.get("no_preload")) or sys.platform != "linux",
         run_id=_run_id(request, given),
     )
     _check_nodes(job)
@@ -173,7 +176,8 @@ def _become_python(script: str, arguments: tuple[str, ...], flags: dict[str, Any
         environ.update(handoff.to_environ())
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(sys.executable, [sys.executable, script, *arguments], environ)
+    python = [sys.executable, *process.interpreter_flags()]
+    os.execve(sys.executable, [*python, script, *arguments], environ)
 
 
 def _processes(request: RunRequest) -> tuple[int, tuple[str, ...]]:

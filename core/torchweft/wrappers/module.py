@@ -39,6 +39,7 @@ class FabricModule(nn.Module):
     __marked: dict[str, Callable[..., Any]]
 
     def __new__(cls, original: nn.Module, *args: Any, **kwargs: Any) -> FabricModule:
+        """A container of modules where the original is one."""
         # Python looks for these in the class alone, and some mean something by being there.
         found = [name for name in _CONTAINER if hasattr(type(original), name)]
         members = {name: _delegated(name, type(original)) for name in found}

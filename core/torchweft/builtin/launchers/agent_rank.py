@@ -1,9 +1,9 @@
-"""What torch's agent runs in a forked rank: the script, as if it had been started by hand."""
+"""What torch's agent runs in a forked process: the script, as if it had been started by hand."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing import reduction
@@ -24,43 +24,64 @@ class Stdin:
     def __getstate__(self) -> dict[str, Any]:
         return {"_descriptor": reduction.DupFd(self._descriptor)}
 
-    def take(self, local_rank: int) -> None:
-        """Make it this process's standard input, in local rank 0 alone."""
+    def take(self) -> None:
+        """Make it this process's standard input."""
         descriptor: int = self._descriptor.detach()
-        if local_rank == 0:
-            os.dup2(descriptor, 0)
-            sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+        os.dup2(descriptor, 0)
         os.close(descriptor)
+        process.open_stdin()
+
+    def leave(self) -> None:
+        """Close it: it is another rank's."""
+        os.close(self._descriptor.detach())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Script:
-    """What every rank of a job runs."""
+    """What every rank of a job runs.
+
+    Attributes:
+        path: of the script.
+        arguments: what it gets in ``sys.argv``.
+        run_id: of the run.
+        flags: of the command, which Fabric's arguments must agree with.
+        folder: of the run, on this node.
+        stdin: for local rank 0; None where the command has none.
+    """
 
     path: str
     arguments: tuple[str, ...]
     run_id: str
     flags: Mapping[str, Any]
+    folder: str
     stdin: Stdin | None
 
 
 def work(script: Script) -> None:
-    """Run the script in this rank. Returns when it ended well; otherwise the process ends."""
+    """Run the script in a rank that this process guards. Returns when the rank ended well."""
     process.die_with_parent(os.getppid())
-    try:
-        _enter(script)
-    except BaseException as error:
-        process.record_failure(error)
-        os._exit(1)
-    status = process.run_script(script.path, list(script.arguments))
-    if status != 0:
-        os._exit(status)
-    # The agent waits for a rank that ended well to return, and ends it without any teardown.
+    # The parent is the fork server, which lives for as long as any of its processes.
+    command: Any = multiprocessing.parent_process()
+    marks = process.Marks(script.folder, int(os.environ["TORCHELASTIC_RESTART_COUNT"]))
+    code = process.fork_guarded(supervisor=command.sentinel, marks=marks)
+    if code is None:
+        try:
+            _enter(script)
+        except BaseException as error:
+            process.record_failure(error)
+            os._exit(1)
+        os._exit(process.run_script(script.path, list(script.arguments)))
+    if code != 0:
+        process.end_like(code)
+    # torch's agent waits for this function to return, in every rank.
 
 
 def _enter(script: Script) -> None:
+    first = os.environ["LOCAL_RANK"] == "0"
     if script.stdin is not None:
-        script.stdin.take(int(os.environ["LOCAL_RANK"]))
+        script.stdin.take() if first else script.stdin.leave()
+    if not first:
+        process.close_stdin()
     process.as_main_process()
     handoff = Handoff(
         run_id=script.run_id, launcher="torchrun", flags=script.flags, pid=os.getpid()

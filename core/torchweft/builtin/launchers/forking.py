@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import multiprocessing
 import os
 import random
 import sys
@@ -15,8 +16,19 @@ from types import FrameType
 
 from torchweft import process
 from torchweft.builtin.launchers.node import Node
+from torchweft.builtin.launchers.supervisor import Supervisor
+from torchweft.errors import Misuse, TorchweftError
 
-__all__ = ["ForkedProcess", "debugger", "fork_hazards", "fork_ranks", "no_rerun", "preload"]
+__all__ = [
+    "ForkedProcess",
+    "debugger",
+    "fork_hazards",
+    "fork_ranks",
+    "no_rerun",
+    "preload",
+    "refuse_import",
+    "under_pytest",
+]
 
 #: Threads of ZeroMQ, which a notebook's kernel always has and a rank never uses.
 _HARMLESS_THREADS = ("ZMQbg",)
@@ -58,7 +70,8 @@ def _native_threads() -> int:
         pid = os.fork()
     if pid == 0:
         os._exit(0)
-    os.waitpid(pid, 0)
+    with contextlib.suppress(ChildProcessError):  # somebody else's wait() took it
+        os.waitpid(pid, 0)
     known = {thread.native_id for thread in threading.enumerate()}
     count = 0
     for task in Path("/proc/self/task").iterdir():
@@ -92,24 +105,22 @@ def debugger() -> str | None:
 
 def no_rerun() -> str | None:
     """Why the command line of this process cannot be run again, or None when it can."""
-    main = sys.modules.get("__main__")
-    if "_pytest.runner" in sys.modules and "PYTEST_CURRENT_TEST" in os.environ:
+    if under_pytest():
         return "it runs under pytest"
     if hasattr(sys, "ps1") or sys.flags.interactive or "ipykernel" in sys.modules:
         return "it is an interactive session"
-    arguments = sys.orig_argv[1:]
-    if "-c" in arguments[: _first_positional(arguments) + 1]:
+    file = getattr(sys.modules.get("__main__"), "__file__", None)
+    if file is None and sys.argv[:1] == ["-c"]:
         return "its program was given with python -c"
-    if not Path(getattr(main, "__file__", None) or "<stdin>").exists():
+    # A program in an archive is a path through that archive.
+    if file is None or not any(path.is_file() for path in (Path(file), *Path(file).parents)):
         return "its program came from standard input"
     return None
 
 
-def _first_positional(arguments: list[str]) -> int:
-    for index, argument in enumerate(arguments):
-        if argument == "-c" or not argument.startswith("-"):
-            return index
-    return len(arguments)
+def under_pytest() -> bool:
+    """Whether a test of pytest is running in this process."""
+    return "_pytest.runner" in sys.modules and "PYTEST_CURRENT_TEST" in os.environ
 
 
 def preload(modules: Iterable[str]) -> None:
@@ -117,6 +128,15 @@ def preload(modules: Iterable[str]) -> None:
     for name in modules:
         with contextlib.suppress(ImportError):  # whoever needs it will say so better
             importlib.import_module(name)
+
+
+def refuse_import() -> None:
+    """Raise ``Misuse`` in a process that only imports the script, and would launch it all again."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise Misuse(
+            "fabric.launch() was reached while a process that was just started, such as a worker "
+            "of a DataLoader, imports the script; call it below if __name__ == '__main__':"
+        )
 
 
 class ForkedProcess:
@@ -140,34 +160,50 @@ class ForkedProcess:
         return self._code
 
 
-def fork_ranks(node: Node) -> dict[int, ForkedProcess] | None:
-    """Fork every rank of a node. Returns the children, or None in each rank.
+def fork_ranks(node: Node, supervisor: Supervisor) -> bool:
+    """Fork every rank of a node. Returns whether this process is one of them.
 
     Every rank goes on with the parent's random streams (Python reseeds its own after a fork) and
-    without the parent's output, which is flushed before.
+    without what the parent's files hold in memory, which is written before.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    process.flush_files()
     state = random.getstate()
-    children: dict[int, ForkedProcess] = {}
     for local_rank in range(node.size):
-        with warnings.catch_warnings():
-            # Threads that matter were ruled out before, or accepted by the user's launcher=.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            try:
-                pid = os.fork()
-            except OSError:
-                for child in children.values():
-                    os.kill(child.pid, 9)
-                raise
-        if pid == 0:
-            process.die_with_parent(node.supervisor)
-            process.detach_from_parent()
+        # A signal must find either no process or one that knows whose it is.
+        with process.held_back():
+            pid = _fork(local_rank, node.size)
+            if pid:
+                supervisor.children[local_rank] = ForkedProcess(pid)
+                continue
+            supervisor.disown()
+            _become(node, local_rank)
             random.setstate(state)
-            node.leave_to_supervisor()
-            if local_rank != 0:
-                process.close_stdin()
-            node.enter(local_rank)
-            return None
-        children[local_rank] = ForkedProcess(pid)
-    return children
+            return True
+    return False
+
+
+def _fork(local_rank: int, size: int) -> int:
+    with warnings.catch_warnings():
+        # Threads that matter were ruled out before, or accepted by the user's launcher=.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            return os.fork()
+        except OSError as error:
+            raise TorchweftError(
+                f"cannot make process {local_rank} of {size} on this computer: {error.strerror}; "
+                "ask for fewer devices, or see the limits on processes and memory (ulimit -a)"
+            ) from error
+
+
+def _become(node: Node, local_rank: int) -> None:
+    """Make the process that was just forked that rank; it never goes on as anything else."""
+    try:
+        process.die_with_parent(node.supervisor)
+        process.detach_from_parent()
+        node.leave_to_supervisor()
+        if local_rank != 0:
+            process.close_stdin()
+        node.enter(local_rank)
+    except BaseException as error:
+        process.record_failure(error)
+        os._exit(1)

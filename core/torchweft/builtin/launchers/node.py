@@ -38,9 +38,9 @@ class Node:
         # What torchweft's command said stays true in the ranks.
         outer = Handoff.read(os.environ)
         self._flags = dict(outer.flags) if outer else {}
+        self._folder = Path(tempfile.mkdtemp(prefix="torchweft-"))
         self._socket = socket.create_server((self.address, 0), backlog=max(128, 2 * self.size))
         self.port: int = self._socket.getsockname()[1]
-        self._folder = Path(tempfile.mkdtemp(prefix="torchweft-"))
         self._store: Any = None
 
     def info(self, local_rank: int) -> RankInfo:
@@ -52,6 +52,11 @@ class Node:
             local_world_size=self.size,
             run_id=self.run_id,
         )
+
+    @property
+    def folder(self) -> Path:
+        """The run's own, on this node."""
+        return self._folder
 
     @property
     def error_files(self) -> dict[int, Path]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
+from torchweft import process
 from torchweft.api import Launcher, RunPlan
 from torchweft.builtin.launchers.forking import (
     debugger,
@@ -15,6 +17,8 @@ from torchweft.builtin.launchers.forking import (
     fork_ranks,
     no_rerun,
     preload,
+    refuse_import,
+    under_pytest,
 )
 from torchweft.builtin.launchers.function import Fork, Spawn
 from torchweft.builtin.launchers.node import Node
@@ -22,6 +26,15 @@ from torchweft.builtin.launchers.supervisor import Supervisor
 from torchweft.errors import Misuse, RankFailed
 
 __all__ = ["Script"]
+
+#: What a scheduler sends before it ends a job, for the script to save what it has.
+_FOR_THE_SCRIPT = (signal.SIGUSR1, signal.SIGUSR2)
+
+#: Becomes the command given, in the same process, which then ends with its parent.
+_BOUND_TO_PARENT = (
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); "
+    "os.getppid() == int(sys.argv[1]) or os._exit(1); os.execv(sys.argv[2], sys.argv[2:])"
+)
 
 
 class Script(Launcher):
@@ -41,20 +54,28 @@ class Script(Launcher):
     ) -> Any:
         """Return in every rank; with a function, return rank 0's result in this process."""
         if self.is_rank(os.environ, "script"):
-            return function(*arguments) if function is not None else None
+            if function is not None:
+                return function(*arguments)
+            if sys.platform != "linux":
+                process.die_with_parent(os.getppid())
+            # From here on every error is the supervisor's to tell.
+            process.own_the_end()
+            return None
+        refuse_import()
         if function is not None:
             return self._function(plan, function, arguments, fork_hazard)
         self._refuse_debugger(plan)
         unsafe = fork_hazards(fork_hazard)
-        if no_rerun() == "it runs under pytest":
+        if under_pytest():
             unsafe.append("pytest would run on in every rank")
         if sys.gettrace() is not None:
             unsafe.append("a tracer is active")
         if hasattr(sys, "ps1"):
             unsafe.append("this is an interactive session")
-        if not unsafe:
-            return self._fork(plan)
-        return self._run_again(plan, unsafe)
+        if unsafe:
+            self._run_again(plan, unsafe)
+        self._fork(plan)
+        return None
 
     def _function(
         self,
@@ -64,9 +85,11 @@ class Script(Launcher):
         fork_hazard: Callable[[], str | None],
     ) -> Any:
         interactive = hasattr(sys, "ps1") or "ipykernel" in sys.modules
-        launcher: Launcher = Spawn()
-        if not fork_hazards(fork_hazard, threads=not interactive):
-            launcher = Fork()
+        unsafe = fork_hazards(fork_hazard, threads=not interactive)
+        if not unsafe:
+            return Fork().launch(plan, function, arguments, fork_hazard=fork_hazard)
+        launcher = Spawn()
+        launcher.not_forked = " and ".join(unsafe)
         return launcher.launch(plan, function, arguments, fork_hazard=fork_hazard)
 
     def _refuse_debugger(self, plan: RunPlan) -> None:
@@ -82,18 +105,18 @@ class Script(Launcher):
     def _fork(self, plan: RunPlan) -> None:
         preload(plan.strategy.preload)
         node = Node(plan, "script")
-        children = fork_ranks(node)
-        if children is None:
-            return
-        status = 1
+        supervisor = Supervisor(node.error_files, pass_on=_FOR_THE_SCRIPT)
+        supervisor.__enter__()
         try:
-            node.serve()
-            status = _supervise(Supervisor(dict(children), node.error_files))
-        finally:
-            # This process has done its part: neither the rest of the script nor its finally
-            # blocks are its own any more, they are the ranks'.
+            is_rank = fork_ranks(node, supervisor)
+        except BaseException:
+            supervisor.__exit__(None, None, None)
             node.close()
-            os._exit(status)
+            raise
+        if is_rank:
+            process.own_the_end()
+            return
+        self._supervise(node, supervisor)
 
     def _run_again(self, plan: RunPlan, unsafe: list[str]) -> NoReturn:
         reason = no_rerun()
@@ -105,19 +128,43 @@ class Script(Launcher):
                 "fabric.launch(function), or put the script into a file and start it with "
                 f"'torchweft run --devices {plan.topology.processes_per_node} train.py'"
             )
-        sys.stderr.write(
+        process.write_error(
             f"torchweft: {' and '.join(unsafe)}; so instead of forking here, the command is run "
             f"again for each of the {plan.topology.world_size} ranks\n"
         )
-        sys.stderr.flush()
-        sys.stdout.flush()
-        status = 1
+        process.flush_files()
         node = Node(plan, "script")
+        supervisor = Supervisor(node.error_files, pass_on=_FOR_THE_SCRIPT)
+        supervisor.__enter__()
+        try:
+            for rank in range(node.size):
+                supervisor.children[rank] = _start(node.environ(rank), rank)
+        except BaseException:
+            supervisor.__exit__(None, None, None)
+            node.close()
+            raise
+        self._supervise(node, supervisor)
+
+    def _supervise(self, node: Node, supervisor: Supervisor) -> NoReturn:
+        """Do this process's last work.
+
+        Neither the rest of the script nor its ``finally`` blocks are its own any more, they are
+        the ranks'.
+        """
+        status = 1
         try:
             node.serve()
-            children = {rank: _start(node.environ(rank), rank) for rank in range(node.size)}
-            status = _supervise(Supervisor(dict(children), node.error_files))
+            supervisor.wait()
+            status = 0
+        except RankFailed as failure:
+            process.write_error(f"torchweft: {failure}\n")
+            status = failure.exit_status
+        except KeyboardInterrupt:
+            status = 130
+        except BaseException as error:
+            process.write_error(process.format_error(error))
         finally:
+            supervisor.stop()
             node.close()
             os._exit(status)
 
@@ -141,17 +188,8 @@ class _Command:
 
 def _start(environ: Mapping[str, str], rank: int) -> _Command:
     command = [sys.executable, *sys.orig_argv[1:]]
+    if sys.platform == "linux":
+        # What does the binding may not run between a fork and an exec where threads are.
+        command = [sys.executable, "-ISc", _BOUND_TO_PARENT, str(os.getpid()), *command]
     stdin = None if rank == 0 else subprocess.DEVNULL
     return _Command(subprocess.Popen(command, env=dict(environ), stdin=stdin))
-
-
-def _supervise(supervisor: Supervisor) -> int:
-    try:
-        supervisor.wait()
-    except RankFailed as failure:
-        sys.stderr.write(f"torchweft: {failure}\n")
-        sys.stderr.flush()
-        return failure.exit_status
-    except KeyboardInterrupt:
-        return 130
-    return 0

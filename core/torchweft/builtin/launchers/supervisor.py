@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import FrameType
-from typing import Protocol
+from types import FrameType, TracebackType
+from typing import Any, Protocol
 
+from torchweft import process
 from torchweft.errors import RankFailed
 from torchweft.failures import read_failure, report, signal_name
 
@@ -19,8 +19,6 @@ __all__ = ["Child", "Supervisor"]
 
 #: Seconds between two looks at the ranks.
 _TICK = 0.02
-#: Seconds that the other ranks have to end by themselves once they were asked to.
-_GRACE = 2.0
 
 
 class Child(Protocol):
@@ -38,15 +36,65 @@ class Child(Protocol):
 class Supervisor:
     """Waits for ranks and ends all of them when one fails or a signal arrives.
 
+    A context manager: from its beginning on, signals that end a job are noted rather than obeyed,
+    so that none can come between two ranks that are being made; at its end no rank is left.
+
     Args:
-        children: by global rank.
         error_files: by global rank, where each writes its error.
+        pass_on: further signals that are the ranks' rather than this process's.
+
+    Attributes:
+        children: by global rank; whoever makes a rank puts it here at once.
     """
 
-    def __init__(self, children: dict[int, Child], error_files: dict[int, Path]) -> None:
-        self._children = children
+    def __init__(
+        self, error_files: dict[int, Path], *, pass_on: Iterable[signal.Signals] = ()
+    ) -> None:
+        self.children: dict[int, Child] = {}
         self._error_files = error_files
+        self._pass_on = tuple(pass_on)
         self._signal: int | None = None
+        self._handlers: dict[int, Any] = {}
+        self._patience = process.interrupt_patience()
+
+    def __enter__(self) -> Supervisor:
+        # Only a main thread gets signals.
+        if process.in_main_thread():
+            for number in (*process.respected(), *self._pass_on):
+                self._handlers[number] = signal.signal(number, self._note)
+            # Whoever ignores it, or waits for every child, would take the ranks' exit statuses.
+            self._handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+        self._give_signals_back()
+
+    def disown(self) -> None:
+        """In a rank that was forked out of this process: it supervises nobody."""
+        self.children = {}
+        self._give_signals_back()
+
+    def _give_signals_back(self) -> None:
+        for number, handler in self._handlers.items():
+            # None: it was set by something that is not Python, and cannot be set again.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._handlers = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number in self._pass_on:
+            self._send(number)
+            return
+        if self._signal is not None:
+            self._send(signal.SIGKILL)  # asked twice
+        self._signal = number
+
+    # -- watching --------------------------------------------------------------------------------
 
     def wait(self, idle: Callable[[float], None] = time.sleep) -> None:
         """Return when every rank has ended with status 0.
@@ -54,87 +102,67 @@ class Supervisor:
         ``idle(seconds)`` is called between looks and may do something useful meanwhile. Raises
         ``RankFailed``; ``KeyboardInterrupt`` when interrupted from the keyboard.
         """
-        with self._signals():
-            try:
-                while True:
-                    codes = self._exitcodes()
-                    if any(code not in (None, 0) for code in codes.values()):
-                        break
-                    if all(code == 0 for code in codes.values()):
-                        return
-                    if self._signal is not None:
-                        break
-                    idle(_TICK)
-            except BaseException:
-                self.stop()
-                raise
-            self._end_after(codes)
-
-    def _end_after(self, codes: dict[int, int | None]) -> None:
+        while True:
+            codes = self._exitcodes()
+            if any(code not in (None, 0) for code in codes.values()) or self._signal is not None:
+                break
+            if all(code == 0 for code in codes.values()):
+                return
+            idle(_TICK)
         if self._signal is None:
             # Whoever lost a peer fails within moments of it; what follows is our own doing.
             time.sleep(_TICK)
             codes = self._exitcodes()
-        self.stop(self._signal or signal.SIGTERM)
-        if self._signal == signal.SIGINT:
+        told = self._signal
+        self.stop(told)
+        if told == signal.SIGINT:
             raise KeyboardInterrupt
-        if self._signal is not None:
-            name = signal_name(self._signal)
-            raise RankFailed(f"ended by {name}", exit_status=128 + self._signal)
-        bad = [
-            read_failure(rank, code, self._error_files[rank])
-            for rank, code in codes.items()
-            if code
-        ]
-        raise report(bad, len(self._children))
+        if told is not None:
+            raise RankFailed(f"ended by {signal_name(told)}", exit_status=128 + told)
+        raise self._failure(codes)
+
+    def _failure(self, codes: dict[int, int | None]) -> RankFailed:
+        bad = {rank: code for rank, code in codes.items() if code}
+        for rank, file in self._error_files.items():
+            # It has told why, and is still on its way out.
+            if codes[rank] is None and file.exists():
+                bad[rank] = 1
+        ended = [rank for rank, code in codes.items() if code == 0]
+        failures = [read_failure(rank, code, self._error_files[rank]) for rank, code in bad.items()]
+        return report(failures, len(self.children), ended)
 
     def _exitcodes(self) -> dict[int, int | None]:
-        return {rank: child.exitcode for rank, child in self._children.items()}
+        return {rank: child.exitcode for rank, child in self.children.items()}
 
-    def stop(self, signum: int = signal.SIGTERM) -> None:
-        """End every rank: ask, wait, kill; returns when none is left."""
-        deadline = time.monotonic() + _GRACE
-        if signum == signal.SIGINT:
-            # The terminal sent it to every process of the group, and twice would interrupt what
-            # the first one made a rank do.
-            self._wait_until(time.monotonic() + _GRACE / 4)
-            signum = signal.SIGTERM
-        self._send(signum)
-        self._wait_until(deadline)
+    # -- ending ----------------------------------------------------------------------------------
+
+    def stop(self, told: int | None = None) -> None:
+        """End every rank: ask, wait, kill; returns when none is left.
+
+        ``told``: the signal that this process got; without one the ranks are ended because one
+        failed.
+        """
+        if told == signal.SIGINT:
+            self._wait(self._patience)
+        elif told is not None:
+            self._send(told)
+            self._wait(process.LONG_GRACE)
+        self._send(signal.SIGTERM)
+        self._wait(process.GRACE)
         self._send(signal.SIGKILL)
         while self._running():
             time.sleep(_TICK)
 
-    def _wait_until(self, deadline: float) -> None:
+    def _wait(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
         while self._running() and time.monotonic() < deadline:
             time.sleep(_TICK)
 
     def _running(self) -> list[Child]:
-        return [child for child in self._children.values() if child.exitcode is None]
+        return [child for child in self.children.values() if child.exitcode is None]
 
-    def _send(self, signum: int) -> None:
+    def _send(self, number: int) -> None:
         for child in self._running():
             with contextlib.suppress(ProcessLookupError):
                 if child.pid is not None:
-                    os.kill(child.pid, signum)
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Note the signals that end a job; a second Ctrl-C kills at once."""
-
-        def note(signum: int, frame: FrameType | None) -> None:
-            if self._signal is not None:
-                self._send(signal.SIGKILL)
-            self._signal = signum
-
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {}
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-            before[signum] = signal.signal(signum, note)
-        try:
-            yield
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
+                    os.kill(child.pid, number)

@@ -1,0 +1,74 @@
+"""The life of a rank's process: what it is told, how it fails, how it ends, how it runs a script.
+
+Free of torch until a rank does something that needs it, so that a rank can be a fresh interpreter
+whose script imports torch itself.
+"""
+
+from __future__ import annotations
+
+from torchweft.process.begin import (
+    ERROR_FILE,
+    as_main_process,
+    become_rank,
+    claim,
+    close_stdin,
+    detach_from_parent,
+    die_with_parent,
+    forget_exit_handlers,
+    interpreter_flags,
+    open_stdin,
+    share_threads,
+)
+from torchweft.process.end import end, exit_status, own_the_end, stay_until_the_end, wind_down
+from torchweft.process.failure import format_error, record_failure
+from torchweft.process.files import close_files, flush_files, flush_streams, write_error
+from torchweft.process.guard import end_like, fork_guarded
+from torchweft.process.marks import Marks
+from torchweft.process.script import run_script
+from torchweft.process.signals import (
+    ENDING,
+    GRACE,
+    LONG_GRACE,
+    exit_on_signals,
+    held_back,
+    in_main_thread,
+    interrupt_patience,
+    respected,
+)
+
+__all__ = [
+    "ENDING",
+    "ERROR_FILE",
+    "GRACE",
+    "LONG_GRACE",
+    "Marks",
+    "as_main_process",
+    "become_rank",
+    "claim",
+    "close_files",
+    "close_stdin",
+    "detach_from_parent",
+    "die_with_parent",
+    "end",
+    "end_like",
+    "exit_on_signals",
+    "exit_status",
+    "flush_files",
+    "flush_streams",
+    "forget_exit_handlers",
+    "fork_guarded",
+    "format_error",
+    "held_back",
+    "in_main_thread",
+    "interpreter_flags",
+    "interrupt_patience",
+    "open_stdin",
+    "own_the_end",
+    "record_failure",
+    "respected",
+    "run_script",
+    "share_threads",
+    "stay_until_the_end",
+    "wind_down",
+    "write_error",
+]

@@ -1,0 +1,97 @@
+"""How a rank tells that it failed: torch's error file, which its supervisor prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from torchweft.errors import TorchweftError
+from torchweft.process.begin import ERROR_FILE
+from torchweft.process.files import write_error
+
+__all__ = ["format_error", "record_failure"]
+
+_PACKAGE = str(Path(__file__).parents[1]) + os.sep
+
+#: What an exception says when its rank only lost a peer, and is not the cause.
+_LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Connection refused",
+    "recvValue failed",
+    "sendBytes failed",
+    "NCCL communicator was aborted",
+    "remote process exited",
+)
+
+
+def record_failure(error: BaseException) -> None:
+    """Write torch's error file; the supervisor prints it, this rank stays silent.
+
+    The file is that of ``torch.distributed.elastic.multiprocessing.errors``, with the time in
+    nanoseconds and whether the error looks like a lost peer. It appears whole or not at all.
+    """
+    sys.last_value = error
+    path = os.environ.get(ERROR_FILE)
+    text = format_error(error)
+    if not path:
+        write_error(text)
+        return
+    message = _message(error)
+    now = time.time_ns()
+    content = {
+        "message": {
+            "message": message,
+            "extraInfo": {
+                "py_callstack": text,
+                "timestamp": str(now // 10**9),
+                "time_ns": now,
+                "rank": int(os.environ.get("RANK", "0")),
+                "lost_peer": any(words in message for words in _LOST_PEER),
+            },
+        }
+    }
+    try:
+        with open(f"{path}.part", "w", encoding="utf-8") as file:
+            json.dump(content, file)
+        os.replace(f"{path}.part", path)
+    except OSError:
+        # A full disk must not hide the error itself.
+        write_error(text)
+
+
+def format_error(error: BaseException) -> str:
+    """The traceback as Python prints it, without the frames that led into user code.
+
+    Of an error that torchweft raises on purpose, the frames inside torchweft tell nothing more
+    than the message, and are left out too.
+    """
+    told = traceback.TracebackException.from_exception(error)
+    ours = [_is_ours(frame) for frame in told.stack]
+    if False in ours:
+        start = ours.index(False)
+        stop = len(ours)
+        if isinstance(error, TorchweftError):
+            stop -= ours[::-1].index(False)
+        told.stack[:] = told.stack[start:stop]
+    elif isinstance(error, SyntaxError):
+        told.stack.clear()  # the script was never entered; the message says where
+    return "".join(told.format())
+
+
+def _is_ours(frame: traceback.FrameSummary) -> bool:
+    return frame.filename.startswith((_PACKAGE, "<frozen"))
+
+
+def _message(error: BaseException) -> str:
+    """``"ValueError: …"``; also of an exception that cannot say what it is."""
+    try:
+        text = str(error)
+    except Exception as failure:
+        text = f"<its message cannot be made: {type(failure).__name__}>"
+    return f"{type(error).__name__}: {text}"
