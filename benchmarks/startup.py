@@ -125,19 +125,27 @@ def wait_for_orphans() -> None:
             os.wait()
 
 
-def undisturbed(timed: Timed, most: float = 0.05, attempts: int = 100) -> float:
-    """Time once, and again for as long as others took more than ``most`` of a core meanwhile."""
-    for _ in range(attempts):
-        all_before, ours_before = busy()
-        start = time.time()
+def of_others(since: tuple[float, float]) -> float:
+    """Seconds of processor time that other programs took since ``busy`` returned ``since``."""
+    whole, ours = busy()
+    return (whole - since[0]) - (ours - since[1])
+
+
+def undisturbed(timed: Timed, most: float = 0.05, patience: float = 1800) -> float:
+    """Time once others are idle, and again where they then took more than ``most`` of a core."""
+    until = time.time() + patience
+    while time.time() < until:
+        before = busy()
+        time.sleep(1)
+        if of_others(before) > most:
+            continue
+        before, start = busy(), time.time()
         seconds = timed()
         wait_for_orphans()
-        all_after, ours_after = busy()
-        others = (all_after - all_before) - (ours_after - ours_before)
-        if others < most * (time.time() - start) + 0.03:  # the machine counts in hundredths
+        # The machine counts in hundredths of a second.
+        if of_others(before) < most * (time.time() - start) + 0.03:
             return seconds
-        time.sleep(1)
-    raise SystemExit(f"others kept this machine busy during {attempts} attempts")
+    raise SystemExit(f"other programs kept this machine busy for {patience} seconds")
 
 
 def measure(ways: dict[str, Timed], rounds: int, alone: bool) -> Figures:

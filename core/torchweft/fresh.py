@@ -1,4 +1,4 @@
-"""The program of a rank that is a fresh interpreter: ``torchweft.fresh FOLDER train.py …``.
+"""The program of a rank that is a fresh interpreter, with FOLDER SCRIPT ARGUMENTS… .
 
 Imports no torch, so that a script may set variables which torch reads when it is imported.
 """
@@ -31,8 +31,5 @@ def main() -> None:
     process.share_threads(int(os.environ["LOCAL_WORLD_SIZE"]))
     if os.environ["LOCAL_RANK"] != "0":
         process.close_stdin()
+    sys.path.insert(0, "")  # the script's folder takes the place
     os._exit(process.run_script(script, arguments))
-
-
-if __name__ == "__main__":
-    main()

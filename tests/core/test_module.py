@@ -373,11 +373,11 @@ def test_a_marked_method_goes_through_precision_and_strategy(data: Tensor) -> No
     model = fabric.setup(Net())
     model.mark_forward_method("loss")
     assert model.prepared.calls == 1
-    assert model.loss(data).dtype == torch.float32
+    assert model.loss(data).dtype == torch.float64
     model.mark_forward_method(model.module.predict)
-    assert model.predict(data).dtype == torch.float32
+    assert model.predict(data).dtype == torch.float64
     model.mark_forward_method("forward")
-    assert model.forward(data).dtype == torch.float32
+    assert model.forward(data).dtype == torch.float64
 
 
 def test_only_methods_can_be_marked(model: Any) -> None:

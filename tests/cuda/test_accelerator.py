@@ -117,14 +117,21 @@ class TestOneGPU:
         fabric.backward(model(fabric.to_device(torch.ones(1, 2))).sum())
         wrapped.step()
 
-    @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
-    def test_precisions(self, precision: str) -> None:
+    @pytest.mark.parametrize(
+        ("precision", "dtype"),
+        [
+            ("bf16-mixed", torch.float32),
+            ("bf16-true", torch.float32),
+            ("64-true", torch.float64),
+        ],
+    )
+    def test_precisions(self, precision: str, dtype: torch.dtype) -> None:
         fabric = Fabric(accelerator="cuda", devices=1, precision=precision)
         net = nn.Linear(2, 2)
         model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=0.1))
         before = model.weight.detach().clone()
         output = model(fabric.to_device(torch.ones(1, 2)))
-        assert output.dtype == torch.float32
+        assert output.dtype == dtype
         fabric.backward(output.sum())
         optimizer.step()
         assert not torch.equal(model.weight, before)

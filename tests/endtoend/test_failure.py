@@ -1,16 +1,24 @@
-"""One rank ends badly: the others are stopped, the cause is told once, nothing is left."""
+"""However a rank or its supervisor ends: the rest is stopped, it is told once, nothing is left."""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.endtoend.commands import SCRIPTS, Result, ways
+from tests.endtoend.commands import SCRIPTS, Command, Result, ways
 
 SCRIPT = SCRIPTS / "fail.py"
+
+#: Those in which the script's own launch() makes the processes, then torch's agent, then functions.
+ALONE = ["python", "again"]
+AGENT = ["torchweft run", "no preload"]
+FUNCTION = ["fork", "spawn", "forkserver"]
 
 STATUS = {"raise": 1, "kill": 137, "exit": 3, "os._exit": 4}
 CAUSE = {
@@ -21,72 +29,168 @@ CAUSE = {
 }
 
 
-def check(result: Result, how: str, folder: Path) -> None:
-    ended = time.time()
-    assert result.status == STATUS[how], result.err
-    assert f"torchweft: rank 1 of 2 failed: {CAUSE[how]}" in result.err
-    assert result.err.count("Traceback (most recent call last)") == (how == "raise")
-    if how == "raise":
+@pytest.fixture
+def fail(start: Callable[..., Command], tmp_path: Path) -> Callable[..., Command]:
+    """Start the script; nothing of ours may be left in the folder for temporary files."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+
+    def begin(way: str, how: str) -> Command:
+        environ = {"TMPDIR": str(temporary)}
+        command = ways(SCRIPT).get(way, [sys.executable, str(SCRIPT)])
+        if way not in AGENT:
+            environ["DEVICES"] = "2"
+        launcher = [] if way in ("python", *AGENT) else [way]
+        return start(*command, how, tmp_path, *launcher, environ=environ)
+
+    return begin
+
+
+def leftovers(tmp_path: Path) -> list[str]:
+    """What torch makes for its compiler is not ours."""
+    names = [path.name for path in (tmp_path / "temporary").iterdir()]
+    return [name for name in names if not name.startswith("torchinductor")]
+
+
+def until_ready(command: Command, tmp_path: Path) -> None:
+    while not all((tmp_path / f"ready-{rank}").exists() for rank in (0, 1)):
+        assert command.popen.poll() is None, command.finish().err
+        time.sleep(0.02)
+
+
+def check(result: Result, way: str, how: str, tmp_path: Path) -> None:
+    since = time.time() - float((tmp_path / "time").read_text())
+    told = f"rank 1 of 2 failed: {CAUSE[how]}"
+    if way in FUNCTION:
+        assert result.status == 1
+        assert f"torchweft.errors.RankFailed: {told}" in result.err
+        # Once in the rank's own words; the other traceback is that of fabric.launch() here.
+        assert result.err.count("in end\n") == (how == "raise")
+    else:
+        assert result.status == STATUS[how], result.err
+        assert f"torchweft: {told}" in result.err
+        assert result.err.count("Traceback (most recent call last)") == (how == "raise")
+    if how == "raise" and way not in FUNCTION:
         # The user's own frames, and none of ours before them.
         first = result.err.split("Traceback (most recent call last):\n")[1].splitlines()[0]
         assert "fail.py" in first
-    # Rank 0 would have slept for ten minutes.
-    print(
-        f"{how}: {ended - float((folder / 'time').read_text()):.2f} s from the failure to the end"
-    )
+    assert leftovers(tmp_path) == []
+    # Rank 0 would have slept for ten minutes, and minds no signal that can be minded.
+    print(f"{since:.2f} s from the failure to the end")
 
 
-@pytest.mark.parametrize("how", ["raise", "kill", "exit", "os._exit"])
+@pytest.mark.parametrize("way", [*ALONE, *AGENT, *FUNCTION])
+def test_a_rank_raises(way: str, fail, tmp_path: Path) -> None:
+    check(fail(way, "raise").finish(), way, "raise", tmp_path)
+
+
+@pytest.mark.parametrize("way", ["python", *AGENT, "spawn"])
+def test_a_rank_is_killed(way: str, fail, tmp_path: Path) -> None:
+    check(fail(way, "kill").finish(), way, "kill", tmp_path)
+
+
+@pytest.mark.parametrize("how", ["exit", "os._exit"])
 @pytest.mark.parametrize("way", ["python", "torchweft run"])
-def test_script(way: str, how: str, run, tmp_path: Path) -> None:
-    environ = {"DEVICES": "2"} if way == "python" else {}
-    result = run(*ways(SCRIPT)[way], how, tmp_path, environ=environ)
-    check(result, how, tmp_path)
+def test_a_rank_exits(way: str, how: str, fail, tmp_path: Path) -> None:
+    check(fail(way, how).finish(), way, how, tmp_path)
 
 
-@pytest.mark.parametrize("how", ["raise", "kill"])
-def test_no_preload(how: str, run, tmp_path: Path) -> None:
-    check(run(*ways(SCRIPT)["no preload"], how, tmp_path), how, tmp_path)
+@pytest.mark.parametrize("way", ["python", *AGENT, "forkserver"])
+def test_ranks_that_vanish_with_status_0(way: str, fail, tmp_path: Path) -> None:
+    """``os._exit(0)`` returns from nothing, and is an end like any other."""
+    result = fail(way, "zero").finish()
+    assert (result.status, result.err) == (0, "")
+    assert result.out == ("returned None\n" if way == "forkserver" else "")
+    assert leftovers(tmp_path) == []
 
 
-@pytest.mark.parametrize("how", ["raise", "kill"])
-@pytest.mark.parametrize("launcher", ["fork", "spawn", "forkserver"])
-def test_function(launcher: str, how: str, run, tmp_path: Path) -> None:
-    result = run(sys.executable, SCRIPT, how, tmp_path, launcher, environ={"DEVICES": "2"})
+@pytest.mark.parametrize("way", ["python", "torchweft run"])
+def test_a_rank_that_ends_well_while_others_wait_for_it(way: str, fail, tmp_path: Path) -> None:
+    result = fail(way, "early").finish()
     assert result.status == 1
-    assert f"torchweft.errors.RankFailed: rank 1 of 2 failed: {CAUSE[how]}" in result.err
-    # Once in the rank's own words; the other traceback is that of fabric.launch() here.
-    assert result.err.count("in end\n") == (how == "raise")
+    assert "torchweft: rank 0 of 2 failed: RuntimeError:" in result.err
+    assert (
+        "rank 1 had ended before, with status 0; every rank has to take part in every collective "
+        "operation"
+    ) in result.err
+    assert leftovers(tmp_path) == []
 
 
-@pytest.mark.parametrize("way", ["python", "torchweft run"])
-def test_interrupt(way: str, start, tmp_path: Path) -> None:
-    """Ctrl-C reaches every process of a terminal."""
-    import os
-    import signal
-
-    environ = {"DEVICES": "2"} if way == "python" else {}
-    command = start(*ways(SCRIPT)[way], "sleep", tmp_path, environ=environ)
-    while not (tmp_path / "pid-0").exists():
-        assert command.popen.poll() is None
-        time.sleep(0.05)
-    os.killpg(command.popen.pid, signal.SIGINT)
+@pytest.mark.parametrize("way", ["python", *AGENT, "spawn"])
+def test_the_supervisor_is_told_to_end(way: str, fail, tmp_path: Path) -> None:
+    """SIGTERM is passed on, and a rank that saves what it has is given the time."""
+    command = fail(way, "save")
+    until_ready(command, tmp_path)
+    command.popen.terminate()
     result = command.finish()
-    assert result.status == 130
-    assert "Traceback" not in result.err
+    # A function's caller ends as if it had no ranks: by the signal.
+    assert result.status == (-signal.SIGTERM if way == "spawn" else 143), result.err
+    assert (tmp_path / "saved-0").exists()
+    assert result.err == ""
+    assert leftovers(tmp_path) == []
 
 
-@pytest.mark.parametrize("way", ["python", "torchweft run"])
-def test_supervisor_killed(way: str, start, tmp_path: Path) -> None:
-    """Ranks do not outlive a supervisor that was killed (the fixture looks for them)."""
-    import os
-    import signal
-
-    environ = {"DEVICES": "2"} if way == "python" else {}
-    command = start(*ways(SCRIPT)[way], "sleep", tmp_path, environ=environ)
-    while not (tmp_path / "pid-0").exists():
-        assert command.popen.poll() is None
-        time.sleep(0.05)
-    os.kill(command.popen.pid, signal.SIGKILL)
+@pytest.mark.parametrize("way", [*ALONE, *AGENT, "forkserver"])
+def test_the_supervisor_is_killed(way: str, fail, tmp_path: Path) -> None:
+    command = fail(way, "sleep")
+    until_ready(command, tmp_path)
+    command.popen.kill()
     command.popen.wait()
     assert command.left() == []
+
+
+@pytest.mark.parametrize("way", ["python", "torchweft run", "fork"])
+def test_interrupt(way: str, fail, tmp_path: Path) -> None:
+    """Ctrl-C reaches every process of a terminal; each may finish what it does about it."""
+    command = fail(way, "sleep")
+    until_ready(command, tmp_path)
+    os.killpg(command.popen.pid, signal.SIGINT)
+    result = command.finish()
+    assert all((tmp_path / f"saved-{rank}").exists() for rank in (0, 1))
+    if way == "fork":
+        assert result.status == -signal.SIGINT
+        assert result.err.count("KeyboardInterrupt") == 1
+    else:
+        assert result.status == 130
+        assert result.err == ""
+    assert leftovers(tmp_path) == []
+
+
+def test_nohup(start, tmp_path: Path) -> None:
+    """A hangup that is ignored from the beginning ends nobody."""
+    environ = {"DEVICES": "2"}
+    commands = [
+        start("nohup", *ways(SCRIPT)[way], "sleep", tmp_path / way, environ=environ)
+        for way in ("python",)
+    ]
+    for way, command in zip(("python",), commands, strict=True):
+        (tmp_path / way).mkdir()
+        until_ready(command, tmp_path / way)
+        os.killpg(command.popen.pid, signal.SIGHUP)
+        time.sleep(0.5)
+        assert command.popen.poll() is None
+        command.popen.terminate()
+        assert command.finish().status == 143
+
+
+def test_an_error_before_the_group_exists(start, tmp_path: Path) -> None:
+    """It is the supervisor's to tell from the moment at which there are ranks."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, threading\n"
+        "from torchweft import Fabric\n"
+        "from torchweft_cuda.ddp import DDPStrategy\n"
+        "class Broken(DDPStrategy):\n"
+        "    def start(self, place):\n"
+        "        raise OSError('no such network')\n"
+        "if len(sys.argv) > 1:\n"
+        "    threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+        "Fabric(accelerator='cpu', devices=2, strategy=Broken()).launch()\n"
+    )
+    for arguments in ([], ["again"]):
+        result = start(sys.executable, script, *arguments).finish()
+        assert result.status == 1
+        assert result.err.count("Traceback") == 1
+        assert "torchweft: rank 0 of 2 failed: OSError: no such network\nand so did rank 1" in (
+            result.err
+        )

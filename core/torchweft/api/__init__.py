@@ -6,7 +6,7 @@ from torchweft.api.collectives import Alone, Collectives, ProcessGroup
 from torchweft.api.group import Group, join_group, leave_group, open_store
 from torchweft.api.launcher import Launcher
 from torchweft.api.place import Place
-from torchweft.api.precision import Precision
+from torchweft.api.precision import Autocast, Precision
 from torchweft.api.run import Run
 from torchweft.api.strategy import DataShard, Prepared, Strategy
 from torchweft.plan import RunPlan
@@ -15,6 +15,7 @@ from torchweft.rank import RankInfo, Rendezvous
 __all__ = [
     "Accelerator",
     "Alone",
+    "Autocast",
     "Collectives",
     "DataShard",
     "Group",

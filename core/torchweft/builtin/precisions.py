@@ -20,7 +20,7 @@ class Full(Precision):
 
 
 class _True(Precision):
-    """Parameters, inputs and computation in one dtype; outputs come back in torch's default."""
+    """Parameters, inputs, computation and outputs in one dtype."""
 
     dtype: torch.dtype
 
@@ -35,28 +35,32 @@ class _True(Precision):
         """Floating-point tensors to the precision's dtype."""
         return convert_floats(data, self.dtype)
 
-    def convert_output(self, data: Any) -> Any:
-        """Floating-point tensors to torch's default dtype."""
-        return convert_floats(data, torch.get_default_dtype())
-
     def forward_context(self) -> AbstractContextManager[Any]:
         """Tensors made inside ``forward`` have the precision's dtype too."""
         return default_dtype(self.dtype)
 
 
+class _TrueHalf(_True):
+    """The same, but for outputs, which come back in torch's default dtype for the loss."""
+
+    def convert_output(self, data: Any) -> Any:
+        """Floating-point tensors to torch's default dtype."""
+        return convert_floats(data, torch.get_default_dtype())
+
+
 class Double(_True):
-    """64-bit throughout."""
+    """64-bit throughout, outputs too: a loss in 32-bit would be all the accuracy that is left."""
 
     dtype = torch.float64
 
 
-class BFloat16(_True):
+class BFloat16(_TrueHalf):
     """bfloat16 throughout, parameters too."""
 
     dtype = torch.bfloat16
 
 
-class Half(_True):
+class Half(_TrueHalf):
     """float16 throughout, parameters too; small gradients vanish, so mind the learning rate."""
 
     dtype = torch.float16

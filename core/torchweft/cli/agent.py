@@ -33,6 +33,12 @@ if TYPE_CHECKING:
 
 __all__ = ["drive"]
 
+#: A fresh rank looks for nothing in the current folder, where files may hide a library.
+_FRESH = (
+    "import sys; sys.path[:1] = sys.path[:1] if sys.path[0] else []; "
+    "from torchweft.fresh import main; main()"
+)
+
 #: The port on which nodes meet when none is named, as torchrun's c10d.
 _PORT = 29400
 
@@ -85,7 +91,7 @@ def _launch(job: Job, config: LaunchConfig, folder: Path) -> None:
             run_id=job.run_id, launcher="torchrun", flags=job.flags, parent=os.getpid()
         )
         os.environ.update(handoff.to_environ())
-        program = [*process.interpreter_flags(), "-m", "torchweft.fresh", str(folder), job.script]
+        program = [*process.interpreter_flags(), "-c", _FRESH, str(folder), job.script]
         elastic_launch(config, sys.executable)(*program, *job.arguments)
         return
     script = Script(

@@ -236,6 +236,7 @@ def _check_nodes(job: Job) -> None:
 def start_fork_server(job: Job) -> None:
     """Start the process that imports torch once and forks every rank, restarts included."""
     import multiprocessing
+    import multiprocessing.util
     from importlib.machinery import ModuleSpec
     from multiprocessing import forkserver
 
@@ -245,4 +246,11 @@ def start_fork_server(job: Job) -> None:
     context.set_forkserver_preload(
         ["torch", "torchweft.fabric", "torchweft.builtin.launchers.agent_rank", *job.preload]
     )
-    forkserver.ensure_running()
+    # Python looks into a server's current folder first, where the user's files may hide a library.
+    here = os.open(".", os.O_RDONLY)
+    try:
+        os.chdir(multiprocessing.util.get_temp_dir())
+        forkserver.ensure_running()
+    finally:
+        os.fchdir(here)
+        os.close(here)

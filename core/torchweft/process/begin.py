@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import json
+import logging
 import multiprocessing
 import multiprocessing.process
 import multiprocessing.util
@@ -130,6 +131,7 @@ def forget_exit_handlers() -> None:
     atexit._clear()
     weakref.finalize._registry.clear()  # type: ignore[attr-defined]
     weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
+    atexit.register(logging.shutdown)
     # Ends this process's own DataLoader workers.
     atexit.register(multiprocessing.util._exit_function)  # type: ignore[attr-defined]
 
@@ -144,9 +146,12 @@ def close_stdin() -> None:
 
 
 def open_stdin() -> None:
-    """Make ``sys.stdin`` read from descriptor 0, which is another than at the start."""
+    """Make ``sys.stdin`` read from descriptor 0, which is another than Python found there."""
     usual: Any = sys.__stdin__ or sys.__stderr__
-    sys.stdin = open(0, encoding=getattr(usual, "encoding", None), closefd=False)  # noqa: SIM115
+    try:
+        sys.stdin = open(0, encoding=getattr(usual, "encoding", None), closefd=False)  # noqa: SIM115
+    except OSError:  # it is closed, as Python says by None
+        sys.stdin = None
 
 
 def as_main_process(start_method: str | None = None) -> None:

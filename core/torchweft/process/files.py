@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import gc
 import io
+import logging
 import sys
 from typing import Any
 
@@ -31,6 +32,9 @@ def write_error(text: str) -> None:
 
 def flush_files() -> None:
     """Flush every open file of this process, so that a fork does not write its contents twice."""
+    for reference in list(logging._handlerList):  # type: ignore[attr-defined]
+        with contextlib.suppress(Exception):
+            reference().flush()
     flush_streams()
     found = [file for file in gc.get_objects() if type(file) in (*_TEXT, *_BINARY)]
     _flush(found)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torchweft.api.precision import Autocast
+from torchweft.api import Autocast
 from torchweft.errors import IncompatiblePlan, Misuse
 
 __all__ = ["HalfMixed"]

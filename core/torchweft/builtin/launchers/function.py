@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -17,8 +18,9 @@ from torchweft.builtin.launchers.forking import fork_hazards, fork_ranks, preloa
 from torchweft.builtin.launchers.handing import pack_call
 from torchweft.builtin.launchers.node import Node
 from torchweft.builtin.launchers.results import Results, send_result
-from torchweft.builtin.launchers.supervisor import Supervisor
-from torchweft.errors import Misuse
+from torchweft.builtin.launchers.supervisor import Supervisor, ToldToEnd
+from torchweft.errors import Misuse, RankFailed
+from torchweft.failures import signal_name
 
 __all__ = ["Fork", "ForkServer", "Spawn"]
 
@@ -48,6 +50,21 @@ class _FunctionLauncher(Launcher):
                 f"launcher '{self.name}' calls a function in every process, and fabric.launch() "
                 "was called without one; pass the training function: fabric.launch(function)"
             )
+        try:
+            return self._run(plan, function, arguments, fork_hazard)
+        except ToldToEnd as told:
+            number = told.number
+        # Ends this process as if it had no ranks, unless the program takes the signal itself.
+        signal.raise_signal(number)
+        raise RankFailed(f"the ranks were ended by {signal_name(number)}", exit_status=128 + number)
+
+    def _run(
+        self,
+        plan: RunPlan,
+        function: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        fork_hazard: Callable[[], str | None],
+    ) -> Any:
         receiver, sender = multiprocessing.Pipe(duplex=False)
         with receiver, Node(plan, self.name) as node, Supervisor(node.error_files) as supervisor:
             with sender:
@@ -189,8 +206,8 @@ def _enter_rank(
         os.environ.update(environ)
         process.claim(os.environ)
         process.as_main_process(method)
-        if environ["LOCAL_RANK"] != "0":
-            process.close_stdin()
+        # multiprocessing took it away from every child.
+        process.open_stdin() if environ["LOCAL_RANK"] == "0" else process.close_stdin()
         process.share_threads(int(environ["LOCAL_WORLD_SIZE"]))
         function, arguments = pickle.loads(call.read_bytes())
     except BaseException as error:

@@ -22,7 +22,7 @@ from torchweft.builtin.launchers.forking import (
 )
 from torchweft.builtin.launchers.function import Fork, Spawn
 from torchweft.builtin.launchers.node import Node
-from torchweft.builtin.launchers.supervisor import Supervisor
+from torchweft.builtin.launchers.supervisor import Supervisor, ToldToEnd
 from torchweft.errors import Misuse, RankFailed
 
 __all__ = ["Script"]
@@ -58,6 +58,7 @@ class Script(Launcher):
                 return function(*arguments)
             if sys.platform != "linux":
                 process.die_with_parent(os.getppid())
+            process.share_threads(int(os.environ["LOCAL_WORLD_SIZE"]))
             # From here on every error is the supervisor's to tell.
             process.own_the_end()
             return None
@@ -159,8 +160,8 @@ class Script(Launcher):
         except RankFailed as failure:
             process.write_error(f"torchweft: {failure}\n")
             status = failure.exit_status
-        except KeyboardInterrupt:
-            status = 130
+        except ToldToEnd as told:
+            status = 128 + told.number
         except BaseException as error:
             process.write_error(process.format_error(error))
         finally:

@@ -15,7 +15,7 @@ from torchweft import process
 from torchweft.errors import RankFailed
 from torchweft.failures import read_failure, report, signal_name
 
-__all__ = ["Child", "Supervisor"]
+__all__ = ["Child", "Supervisor", "ToldToEnd"]
 
 #: Seconds between two looks at the ranks.
 _TICK = 0.02
@@ -31,6 +31,18 @@ class Child(Protocol):
     @property
     def exitcode(self) -> int | None:
         """None while it runs; negative for a signal."""
+
+
+class ToldToEnd(BaseException):
+    """This process got a signal that ends a job; its ranks are gone.
+
+    Attributes:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"ended by {signal_name(number)}")
+        self.number = number
 
 
 class Supervisor:
@@ -100,7 +112,7 @@ class Supervisor:
         """Return when every rank has ended with status 0.
 
         ``idle(seconds)`` is called between looks and may do something useful meanwhile. Raises
-        ``RankFailed``; ``KeyboardInterrupt`` when interrupted from the keyboard.
+        ``RankFailed`` and ``ToldToEnd``, when no rank is left.
         """
         while True:
             codes = self._exitcodes()
@@ -115,10 +127,8 @@ class Supervisor:
             codes = self._exitcodes()
         told = self._signal
         self.stop(told)
-        if told == signal.SIGINT:
-            raise KeyboardInterrupt
         if told is not None:
-            raise RankFailed(f"ended by {signal_name(told)}", exit_status=128 + told)
+            raise ToldToEnd(told)
         raise self._failure(codes)
 
     def _failure(self, codes: dict[int, int | None]) -> RankFailed:
