@@ -35,6 +35,11 @@ class Failure:
         return f"ended with exit status {self.exitcode}"
 
     @property
+    def consequence(self) -> bool:
+        """Whether another rank's end explains it: a lost peer, or being asked to end."""
+        return self.lost_peer or self.exitcode == -signal.SIGTERM
+
+    @property
     def exit_status(self) -> int:
         """What a command that ran this rank ends with."""
         return 128 - self.exitcode if self.exitcode < 0 else self.exitcode
@@ -73,8 +78,7 @@ def first_failure(failures: Sequence[Failure]) -> Failure:
     """
 
     def order(failure: Failure) -> tuple[bool, int, int]:
-        consequence = failure.lost_peer or failure.exitcode == -signal.SIGTERM
-        return consequence, failure.time_ns, failure.rank
+        return failure.consequence, failure.time_ns, failure.rank
 
     return min(failures, key=order)
 

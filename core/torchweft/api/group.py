@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -22,8 +23,8 @@ from torchweft.rank import RankInfo, Rendezvous
 
 __all__ = ["Group", "join_group", "leave_group", "open_store"]
 
-#: How long a rank that is done waits for the others before it leaves all the same.
-_PATIENCE = timedelta(seconds=2)
+#: Seconds that a rank that is done waits for the others before it leaves all the same.
+_PATIENCE = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,8 +101,17 @@ def leave_group(group: Group, *, failed: bool) -> None:
             arrived = group.store.add("left", 1)
             if arrived == group.rank.world_size:
                 group.store.set("all_left", "1")
-            group.store.wait(["all_left"], _PATIENCE)
+            _wait_for(group.store, "all_left")
     dist.destroy_process_group()
+
+
+def _wait_for(store: Store, key: str) -> None:
+    """Look for a key for a while; the store's own waiting warns in many lines when it is over."""
+    deadline = time.monotonic() + _PATIENCE
+    pause = 0.001
+    while not store.check([key]) and time.monotonic() < deadline:
+        time.sleep(pause)
+        pause = min(2 * pause, 0.02)
 
 
 def _stay_on_loopback() -> None:

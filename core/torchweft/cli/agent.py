@@ -174,8 +174,10 @@ def _stdin() -> Stdin | None:
 
 def _describe(error: ChildFailedError, job: Job, folder: Path) -> RankFailed:
     """The first failure, with what is known of the other ranks of the last attempt."""
-    codes: dict[int, int] = {rank: failure.exitcode for rank, failure in error.failures.items()}
-    codes.update(Marks(str(folder), _last_attempt(folder)).read())
+    # Who ended by itself; the agent counts those that it ended as failures too.
+    codes = Marks(str(folder), _last_attempt(folder)).read()
+    if not any(codes.values()):
+        codes |= {rank: failure.exitcode for rank, failure in error.failures.items()}
     files: dict[int, Path] = {}
     for file in folder.glob(f"*/attempt_{_last_attempt(folder)}/*/error.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):

@@ -41,7 +41,8 @@ def fork_guarded(
         pass_on: whether signals for the guard are the rank's, which did not get them by itself.
         marks: where guards tell each other how their ranks ended.
 
-    The exit code is negative for a signal. Call it in the main thread.
+    The exit code is negative for a signal. A guard that was told to end ends with its rank. Call
+    it in the main thread.
     """
     guard = os.getpid()
     flush_streams()
@@ -52,7 +53,13 @@ def fork_guarded(
             detach_from_parent()
             return None
         watch = _Watch(pid, supervisor, pass_on, marks)
-    return watch.until_the_end()
+    code = watch.until_the_end()
+    if watch.told:
+        end_like(code)
+    watch.close()
+    if marks is not None:
+        marks.tell(int(os.environ["RANK"]), code)
+    return code
 
 
 class _Watch:
@@ -72,11 +79,24 @@ class _Watch:
         self._wake, alarm = os.pipe()
         for end in (self._wake, alarm):
             os.set_blocking(end, False)
+        self._alarm = alarm
         ignored = set(ENDING) - set(respected())
-        for number in (signal.SIGCHLD, *_PASSED_ON):
-            if number not in ignored:
-                signal.signal(number, self._note)
+        minded = {signal.SIGCHLD, *_PASSED_ON} - ignored
+        self._handlers = {number: signal.signal(number, self._note) for number in minded}
         signal.set_wakeup_fd(alarm, warn_on_full_buffer=False)
+
+    @property
+    def told(self) -> bool:
+        """Whether somebody asked for the end."""
+        return self._told_at is not None
+
+    def close(self) -> None:
+        """Mind no signal any more."""
+        signal.set_wakeup_fd(-1)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        os.close(self._wake)
+        os.close(self._alarm)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number != signal.SIGCHLD:
@@ -87,10 +107,7 @@ class _Watch:
         while True:
             pid, status = os.waitpid(self._pid, os.WNOHANG)
             if pid:
-                code = os.waitstatus_to_exitcode(status)
-                if self._marks is not None and self._told_at is None:
-                    self._marks.tell(int(os.environ["RANK"]), code)
-                return code
+                return os.waitstatus_to_exitcode(status)
             self._wait()
             self._pass_signals_on()
 

@@ -12,13 +12,14 @@ from types import FrameType, TracebackType
 from typing import Any, Protocol
 
 from torchweft import process
-from torchweft.errors import RankFailed
-from torchweft.failures import read_failure, report, signal_name
+from torchweft.failures import Failure, read_failure, report, signal_name
 
 __all__ = ["Child", "Supervisor", "ToldToEnd"]
 
 #: Seconds between two looks at the ranks.
 _TICK = 0.02
+#: Seconds in which the cause of a failure shows itself.
+_MOMENT = 1.0
 
 
 class Child(Protocol):
@@ -122,24 +123,32 @@ class Supervisor:
                 return
             idle(_TICK)
         if self._signal is None:
-            # Whoever lost a peer fails within moments of it; what follows is our own doing.
-            time.sleep(_TICK)
-            codes = self._exitcodes()
+            codes = self._once_the_cause_is_known()
         told = self._signal
         self.stop(told)
         if told is not None:
             raise ToldToEnd(told)
-        raise self._failure(codes)
+        ended = [rank for rank, code in codes.items() if code == 0]
+        raise report(self._failures(codes), len(self.children), ended)
 
-    def _failure(self, codes: dict[int, int | None]) -> RankFailed:
+    def _once_the_cause_is_known(self) -> dict[int, int | None]:
+        """The exit codes that tell it; what ranks do after it is our own doing."""
+        deadline = time.monotonic() + _MOMENT
+        while True:
+            # Whoever lost a peer fails within moments of it, and may well be the first to be gone.
+            time.sleep(_TICK)
+            codes = self._exitcodes()
+            known = any(not failure.consequence for failure in self._failures(codes))
+            if known or None not in codes.values() or time.monotonic() > deadline:
+                return codes
+
+    def _failures(self, codes: dict[int, int | None]) -> list[Failure]:
         bad = {rank: code for rank, code in codes.items() if code}
         for rank, file in self._error_files.items():
             # It has told why, and is still on its way out.
             if codes[rank] is None and file.exists():
                 bad[rank] = 1
-        ended = [rank for rank, code in codes.items() if code == 0]
-        failures = [read_failure(rank, code, self._error_files[rank]) for rank, code in bad.items()]
-        return report(failures, len(self.children), ended)
+        return [read_failure(rank, code, self._error_files[rank]) for rank, code in bad.items()]
 
     def _exitcodes(self) -> dict[int, int | None]:
         return {rank: child.exitcode for rank, child in self.children.items()}
