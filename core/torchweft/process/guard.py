@@ -20,11 +20,16 @@ from typing import NoReturn
 from torchweft.process.begin import detach_from_parent, die_with_parent
 from torchweft.process.files import flush_streams
 from torchweft.process.marks import Marks
-from torchweft.process.signals import ENDING, GRACE, held_back, interrupt_patience, respected
+from torchweft.process.signals import (
+    ENDING,
+    GRACE,
+    WARNING,
+    held_back,
+    interrupt_patience,
+    respected,
+)
 
 __all__ = ["end_like", "fork_guarded"]
-
-_PASSED_ON = (*ENDING, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def fork_guarded(
@@ -81,7 +86,7 @@ class _Watch:
             os.set_blocking(end, False)
         self._alarm = alarm
         ignored = set(ENDING) - set(respected())
-        minded = {signal.SIGCHLD, *_PASSED_ON} - ignored
+        minded = {signal.SIGCHLD, *ENDING, *WARNING} - ignored
         self._handlers = {number: signal.signal(number, self._note) for number in minded}
         signal.set_wakeup_fd(alarm, warn_on_full_buffer=False)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -26,9 +25,6 @@ from torchweft.builtin.launchers.supervisor import Supervisor, ToldToEnd
 from torchweft.errors import Misuse, RankFailed
 
 __all__ = ["Script"]
-
-#: What a scheduler sends before it ends a job, for the script to save what it has.
-_FOR_THE_SCRIPT = (signal.SIGUSR1, signal.SIGUSR2)
 
 #: Becomes the command given, in the same process, which then ends with its parent.
 _BOUND_TO_PARENT = (
@@ -106,7 +102,7 @@ class Script(Launcher):
     def _fork(self, plan: RunPlan) -> None:
         preload(plan.strategy.preload)
         node = Node(plan, "script")
-        supervisor = Supervisor(node.error_files, pass_on=_FOR_THE_SCRIPT)
+        supervisor = Supervisor(node.error_files, pass_on=process.WARNING)
         supervisor.__enter__()
         try:
             is_rank = fork_ranks(node, supervisor)
@@ -135,7 +131,7 @@ class Script(Launcher):
         )
         process.flush_files()
         node = Node(plan, "script")
-        supervisor = Supervisor(node.error_files, pass_on=_FOR_THE_SCRIPT)
+        supervisor = Supervisor(node.error_files, pass_on=process.WARNING)
         supervisor.__enter__()
         try:
             for rank in range(node.size):
