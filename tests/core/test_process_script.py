@@ -83,8 +83,8 @@ def test_it_sees_what_it_sees_by_hand(script, tmp_path: Path) -> None:
         (b"\xef\xbb\xbfprint(ascii('\xc3\xa9'))\n", "'\\xe9'\n"),
         (b"def f(a: int): pass\nprint(f.__annotations__)\n", "{'a': <class 'int'>}\n"),
         (
-            b"from __future__ import annotations\ndef f(a: int): pass\n"
-            b"print(f.__annotations__)\n",
+            (b"from __future__ import annotations\ndef f(a: int): pass\n"
+            b"print(f.__annotations__)\n"),
             "{'a': 'int'}\n",
         ),
         (b"print('no newline at the end')", "no newline at the end\n"),
