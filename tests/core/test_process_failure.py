@@ -118,7 +118,7 @@ def made(filename: str, source: str, **names: object) -> types.ModuleType:
 
 def raised_by(function: Callable[[], object]) -> BaseException:
     """What it raised, without the frames of this file."""
-    with pytest.raises(ValueError, match=".") as caught:
+    with pytest.raises(ValueError, match=r".") as caught:
         function()
     trace = caught.value.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
