@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,10 +83,10 @@ def first_failure(failures: Sequence[Failure]) -> Failure:
     return min(failures, key=order)
 
 
-def report(failures: Sequence[Failure], world_size: int, ended: Sequence[int] = ()) -> RankFailed:
+def report(failures: Sequence[Failure], world_size: int, done: Collection[int] = ()) -> RankFailed:
     """One report of all failures: the cause with its traceback, the others in one line.
 
-    ``ended``: ranks that had ended well before; the others may have waited for them in vain.
+    ``done``: ranks that had ended well, or were about to; others may have waited for them in vain.
     """
     first = first_failure(failures)
     lines = [f"rank {first.rank} of {world_size} failed: {first.cause()}"]
@@ -97,11 +97,11 @@ def report(failures: Sequence[Failure], world_size: int, ended: Sequence[int] = 
     told = [f"rank {f.rank}: {_brief(f.cause())}" for f in others if f.cause() != first.cause()]
     if told:
         lines.append(f"after it: {'; '.join(told)}")
-    if first.lost_peer and ended:
-        who = ", ".join(map(str, sorted(ended)))
+    left = sorted(set(done) - {f.rank for f in failures})
+    if first.lost_peer and left:
         lines.append(
-            f"rank {who} had ended before, with status 0; every rank has to take part in every "
-            "collective operation"
+            f"done before, without an error: rank {', '.join(map(str, left))}; every rank has to "
+            "take part in every collective operation"
         )
     if first.trace:
         lines += ["", first.trace.rstrip()]

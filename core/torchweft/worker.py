@@ -62,6 +62,8 @@ class Live:
         if self.left:
             return
         self.left = True
+        if not failed:
+            process.record_done()
         error = getattr(sys, "last_value", None) if failed else None
         kind = type(error) if error is not None else None
         trace = error.__traceback__ if error is not None else None

@@ -179,7 +179,8 @@ def _describe(error: ChildFailedError, job: Job, folder: Path) -> RankFailed:
     if not any(codes.values()):
         codes |= {rank: failure.exitcode for rank, failure in error.failures.items()}
     files: dict[int, Path] = {}
-    for file in folder.glob(f"*/attempt_{_last_attempt(folder)}/*/error.json"):
+    attempt = f"*/attempt_{_last_attempt(folder)}/*"
+    for file in folder.glob(f"{attempt}/error.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             files[json.loads(file.read_text())["message"]["extraInfo"]["rank"]] = file
     failures = [
@@ -188,8 +189,11 @@ def _describe(error: ChildFailedError, job: Job, folder: Path) -> RankFailed:
         if codes.get(rank, 1) != 0
     ]
     most = job.num_nodes[1] if isinstance(job.num_nodes, tuple) else job.num_nodes
-    ended = [rank for rank, code in codes.items() if code == 0]
-    return report(failures, most * job.processes, ended)
+    done = {rank for rank, code in codes.items() if code == 0}
+    for file in folder.glob(f"{attempt}/{process.done_file(Path('error.json'))}"):
+        with contextlib.suppress(OSError, ValueError):
+            done.add(int(file.read_text()))
+    return report(failures, most * job.processes, done)
 
 
 def _last_attempt(folder: Path) -> int:

@@ -20,7 +20,7 @@ from torchweft.process.begin import (
     share_threads,
 )
 from torchweft.process.end import end, exit_status, own_the_end, stay_until_the_end, wind_down
-from torchweft.process.failure import format_error, record_failure
+from torchweft.process.failure import done_file, format_error, record_done, record_failure
 from torchweft.process.files import close_files, flush_files, flush_streams, write_error
 from torchweft.process.guard import end_like, fork_guarded
 from torchweft.process.marks import Marks
@@ -29,7 +29,7 @@ from torchweft.process.signals import (
     ENDING,
     GRACE,
     LONG_GRACE,
-    WARNING,
+    NOTICE,
     exit_on_signals,
     held_back,
     in_main_thread,
@@ -43,7 +43,7 @@ __all__ = [
     "GRACE",
     "LONG_GRACE",
     "Marks",
-    "WARNING",
+    "NOTICE",
     "as_main_process",
     "become_rank",
     "claim",
@@ -51,6 +51,7 @@ __all__ = [
     "close_stdin",
     "detach_from_parent",
     "die_with_parent",
+    "done_file",
     "end",
     "end_like",
     "exit_on_signals",
@@ -66,6 +67,7 @@ __all__ = [
     "interrupt_patience",
     "open_stdin",
     "own_the_end",
+    "record_done",
     "record_failure",
     "respected",
     "run_script",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -92,7 +93,8 @@ def own_the_end() -> None:
 def stay_until_the_end(leave: Callable[[bool], None], *, keep: bool) -> None:
     """Have ``leave(failed)`` called once the script is done, to leave the process group.
 
-    ``keep``: no destructor runs afterwards, in whosever interpreter this is.
+    ``keep``: no destructor runs afterwards, in whosever interpreter this is, and Python does not
+    search for garbage at its end, which takes a second after torch was imported.
     """
     # An interactive session shows errors and goes on; those before now are none of ours.
     before = getattr(sys, "last_value", None)
@@ -111,6 +113,7 @@ def stay_until_the_end(leave: Callable[[bool], None], *, keep: bool) -> None:
         if keep:
             close_files()
             _keep_namespaces()
+            gc.freeze()
 
     atexit.register(at_exit)
 

@@ -1,7 +1,8 @@
-"""How a rank tells that it failed: torch's error file, which its supervisor prints."""
+"""How a rank tells how it came to its end: that it is done, or torch's error file."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -13,7 +14,7 @@ from torchweft.errors import TorchweftError
 from torchweft.process.begin import ERROR_FILE
 from torchweft.process.files import write_error
 
-__all__ = ["format_error", "record_failure"]
+__all__ = ["done_file", "format_error", "record_done", "record_failure"]
 
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 
@@ -28,6 +29,19 @@ _LOST_PEER = (
     "NCCL communicator was aborted",
     "remote process exited",
 )
+
+
+def done_file(error_file: Path) -> Path:
+    """What appears beside a rank's error file once the rank takes part in nothing any more."""
+    return error_file.with_name(f"{error_file.name}.done")
+
+
+def record_done() -> None:
+    """Tell the supervisor, before others lose this rank, that it leaves them because it is done."""
+    path = os.environ.get(ERROR_FILE)
+    if path:
+        with contextlib.suppress(OSError):  # it only explains other ranks' failures
+            done_file(Path(path)).write_text(os.environ.get("RANK", "0"))
 
 
 def record_failure(error: BaseException) -> None:

@@ -23,7 +23,7 @@ from torchweft.process.marks import Marks
 from torchweft.process.signals import (
     ENDING,
     GRACE,
-    WARNING,
+    NOTICE,
     held_back,
     interrupt_patience,
     respected,
@@ -86,7 +86,7 @@ class _Watch:
             os.set_blocking(end, False)
         self._alarm = alarm
         ignored = set(ENDING) - set(respected())
-        minded = {signal.SIGCHLD, *ENDING, *WARNING} - ignored
+        minded = {signal.SIGCHLD, *ENDING, *NOTICE} - ignored
         self._handlers = {number: signal.signal(number, self._note) for number in minded}
         signal.set_wakeup_fd(alarm, warn_on_full_buffer=False)
 

@@ -14,7 +14,7 @@ __all__ = [
     "ENDING",
     "GRACE",
     "LONG_GRACE",
-    "WARNING",
+    "NOTICE",
     "exit_on_signals",
     "held_back",
     "in_main_thread",
@@ -25,7 +25,7 @@ __all__ = [
 #: What a terminal, a shell, a scheduler or an administrator sends to end a job.
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 #: What a scheduler sends before it ends a job, for the script to save what it has.
-WARNING = (signal.SIGUSR1, signal.SIGUSR2)
+NOTICE = (signal.SIGUSR1, signal.SIGUSR2)
 #: Seconds that a rank has to end by itself once another one failed.
 GRACE = 2.0
 #: Seconds that it has when the job was told to end: it may be saving what it has.
@@ -67,7 +67,7 @@ def held_back() -> Iterator[None]:
 
     A process that is forked meanwhile starts with them held back and leaves the block by itself.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*ENDING, *WARNING))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*ENDING, *NOTICE))
     try:
         yield
     finally:

@@ -102,7 +102,7 @@ class Script(Launcher):
     def _fork(self, plan: RunPlan) -> None:
         preload(plan.strategy.preload)
         node = Node(plan, "script")
-        supervisor = Supervisor(node.error_files, pass_on=process.WARNING)
+        supervisor = Supervisor(node.error_files, pass_on=process.NOTICE)
         supervisor.__enter__()
         try:
             is_rank = fork_ranks(node, supervisor)
@@ -131,7 +131,7 @@ class Script(Launcher):
         )
         process.flush_files()
         node = Node(plan, "script")
-        supervisor = Supervisor(node.error_files, pass_on=process.WARNING)
+        supervisor = Supervisor(node.error_files, pass_on=process.NOTICE)
         supervisor.__enter__()
         try:
             for rank in range(node.size):

@@ -128,8 +128,7 @@ class Supervisor:
         self.stop(told)
         if told is not None:
             raise ToldToEnd(told)
-        ended = [rank for rank, code in codes.items() if code == 0]
-        raise report(self._failures(codes), len(self.children), ended)
+        raise report(self._failures(codes), len(self.children), self._done(codes))
 
     def _once_the_cause_is_known(self) -> dict[int, int | None]:
         """The exit codes that tell it; what ranks do after it is our own doing."""
@@ -149,6 +148,10 @@ class Supervisor:
             if codes[rank] is None and file.exists():
                 bad[rank] = 1
         return [read_failure(rank, code, self._error_files[rank]) for rank, code in bad.items()]
+
+    def _done(self, codes: dict[int, int | None]) -> list[int]:
+        files = {rank: process.done_file(file) for rank, file in self._error_files.items()}
+        return [rank for rank, code in codes.items() if code == 0 or files[rank].exists()]
 
     def _exitcodes(self) -> dict[int, int | None]:
         return {rank: child.exitcode for rank, child in self.children.items()}
