@@ -41,7 +41,11 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'torchweft' has no attribute '{name}'")
     import importlib
 
-    value = getattr(importlib.import_module(_LAZY[name]), name)
+    from torchweft.process import collector_off
+
+    # This is often what imports torch.
+    with collector_off():
+        value = getattr(importlib.import_module(_LAZY[name]), name)
     # The next look-up finds it as an ordinary attribute.
     globals()[name] = value
     return value

@@ -131,7 +131,8 @@ def run(script: str, arguments: tuple[str, ...], **options: Any) -> None:
     if not job.fresh:
         start_fork_server(job)
     # Only now: torch takes a second, in which the fork server imports it too.
-    from torchweft.cli.agent import drive
+    with process.collector_off():
+        from torchweft.cli.agent import drive
 
     drive(job)
 
@@ -244,7 +245,7 @@ def start_fork_server(job: Job) -> None:
     sys.modules["__main__"].__spec__ = ModuleSpec("torchweft.__main__", None)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["torch", "torchweft.fabric", "torchweft.builtin.launchers.agent_rank", *job.preload]
+        process.served(["torchweft.builtin.launchers.agent_rank", *job.preload])
     )
     # Python looks into a server's current folder first, where the user's files may hide a library.
     here = os.open(".", os.O_RDONLY)

@@ -19,6 +19,7 @@ from torchweft.process.begin import (
     open_stdin,
     share_threads,
 )
+from torchweft.process.collector import collector_off, served
 from torchweft.process.end import end, exit_status, own_the_end, stay_until_the_end, wind_down
 from torchweft.process.failure import done_file, format_error, record_done, record_failure
 from torchweft.process.files import close_files, flush_files, flush_streams, write_error
@@ -49,6 +50,7 @@ __all__ = [
     "claim",
     "close_files",
     "close_stdin",
+    "collector_off",
     "detach_from_parent",
     "die_with_parent",
     "done_file",
@@ -71,6 +73,7 @@ __all__ = [
     "record_failure",
     "respected",
     "run_script",
+    "served",
     "share_threads",
     "stay_until_the_end",
     "wind_down",

@@ -125,9 +125,10 @@ def under_pytest() -> bool:
 
 def preload(modules: Iterable[str]) -> None:
     """Import once, before forking, what every rank would import by itself."""
-    for name in modules:
-        with contextlib.suppress(ImportError):  # whoever needs it will say so better
-            importlib.import_module(name)
+    with process.collector_off():
+        for name in modules:
+            with contextlib.suppress(ImportError):  # whoever needs it will say so better
+                importlib.import_module(name)
 
 
 def refuse_import() -> None:

@@ -14,7 +14,12 @@ from typing import Any, NoReturn
 
 from torchweft import process
 from torchweft.api import Launcher, RunPlan
-from torchweft.builtin.launchers.forking import fork_hazards, fork_ranks, preload, refuse_import
+from torchweft.builtin.launchers.forking import (
+    fork_hazards,
+    fork_ranks,
+    preload,
+    refuse_import,
+)
 from torchweft.builtin.launchers.handing import pack_call
 from torchweft.builtin.launchers.node import Node
 from torchweft.builtin.launchers.results import Results, send_result
@@ -173,7 +178,7 @@ class ForkServer(Spawn):
     name = "forkserver"
 
     def _prepare(self, context: Any, plan: RunPlan) -> None:
-        context.set_forkserver_preload(["torch", "torchweft.fabric", *plan.strategy.preload])
+        context.set_forkserver_preload(process.served(plan.strategy.preload))
 
     @staticmethod
     def _enter(
