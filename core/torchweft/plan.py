@@ -137,10 +137,17 @@ class RunPlan:
 
     def _processes(self) -> str:
         top = self.topology
-        devices = ", ".join(map(str, top.devices))
+        devices = _indices(top.devices)
         node = "this node" if top.num_nodes == 1 else f"each of {self._nodes()} nodes"
         most = "" if isinstance(top.num_nodes, int) else "at most "
         return f"{most}{top.world_size}  ({top.processes_per_node} on {node}, devices {devices})"
+
+
+def _indices(devices: tuple[int, ...]) -> str:
+    first, last = min(devices), max(devices)
+    if len(devices) > 8 and devices == tuple(range(first, last + 1)):
+        return f"{first} to {last}"
+    return ", ".join(map(str, devices))
 
 
 def _decided(decision: Decision) -> str:

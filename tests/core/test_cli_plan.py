@@ -130,6 +130,20 @@ def test_several_nodes(looms: Path) -> None:
     )
 
 
+def test_several_nodes_that_nothing_here_starts(looms: Path) -> None:
+    shown = planned(looms, "--accelerator", "cpu", "--strategy", "ddp", "--num-nodes", "1:3")
+    assert shown.startswith("ddp on 1 x cpu on each of 3 nodes, 32-true, launched by torchrun\n")
+    assert shown.splitlines()[-2:] == [
+        "processes   3  (1 on each of 3 nodes, devices 0)",
+        (
+            "note        no launcher here starts processes on other nodes; this is what a rank "
+            "decides where 'torchweft run --devices 1 --num-nodes 1:3 …' was started on every node"
+        ),
+    ]
+    named = refused(looms, 1, "--accelerator", "cpu", "--num-nodes", "2", "--launcher", "script")
+    assert "it starts processes on this node alone, and the plan has 2 nodes" in named
+
+
 def test_json_has_the_documented_keys(looms: Path) -> None:
     given = ("--devices", "2", "--num-nodes", "2:4", "--strategy", "weave:tight=true")
     document = json.loads(planned(looms, "--json", *given))

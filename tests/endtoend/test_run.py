@@ -132,6 +132,15 @@ def test_wrong_use_is_told_before_any_process_starts(
     assert result.out == ""
 
 
+def test_several_processes_that_no_strategy_here_can_serve(run) -> None:
+    """Whatever the script names, so that no process is started to find it out."""
+    environ = {"TORCHWEFT_DISABLE_PLUGINS": "cuda"}
+    result = run(*RUN, "--devices", "2", SCRIPT, "{}", environ=environ)
+    assert (result.status, result.out) == (1, "")
+    assert result.err.startswith("error: no strategy can be used here: 'single_device' ")
+    assert "plugin 'cuda' (torchweft-cuda 0.1.0) is disabled" in result.err
+
+
 @pytest.mark.parametrize("ours", [True, False])
 def test_a_stale_variable_changes_nothing(ours: bool, run) -> None:
     stale = {

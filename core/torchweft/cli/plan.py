@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 
 import click
 
 from torchweft.catalog import Catalog
 from torchweft.cli import write_json, write_rows
+from torchweft.errors import IncompatiblePlan
+from torchweft.handoff import Handoff
 from torchweft.manager import Manager
 from torchweft.plan import RunPlan
+from torchweft.rank import RankInfo
 from torchweft.request import RunRequest
 from torchweft.resolve import resolve
 
@@ -50,13 +54,9 @@ def plan(as_json: bool, **given: str | None) -> None:
     catalog = Catalog(manager.declared)
     # An error that names what was asked for names the flag.
     flags = {name: f"--{name.replace('_', '-')}" for name, value in given.items() if value}
-    request = replace(RunRequest.parse(**given), sources=flags)
-    decided = resolve(
-        request.with_environment(os.environ, catalog),
-        catalog,
-        environ=os.environ,
-        objections=manager.objections,
-    )
+    asked = replace(RunRequest.parse(**given), sources=flags)
+    request = asked.with_environment(os.environ, catalog)
+    decided = _decide(request, catalog, manager)
     if as_json:
         write_json(_document(decided))
         return
@@ -66,6 +66,35 @@ def plan(as_json: bool, **given: str | None) -> None:
         ((line[:_LABEL].rstrip(), line[_LABEL:]) for line in explained),
         width=_LABEL,
     )
+
+
+def _decide(request: RunRequest, catalog: Catalog, manager: Manager) -> RunPlan:
+    def under(environ: Mapping[str, str], request: RunRequest = request) -> RunPlan:
+        return resolve(request, catalog, environ=environ, objections=manager.objections)
+
+    nodes = request.num_nodes
+    if nodes in (None, 1) or request.launcher is not None:
+        return under(os.environ)
+    try:
+        return under(os.environ)
+    except IncompatiblePlan:
+        # No launcher here makes the processes of other nodes; they are started from outside.
+        here = under(os.environ, replace(request, num_nodes=None)).topology.processes_per_node
+    shown = nodes if isinstance(nodes, int) else f"{nodes[0]}:{nodes[1]}"
+    note = (
+        f"no launcher here starts processes on other nodes; this is what a rank decides where "
+        f"'torchweft run --devices {here} --num-nodes {shown} …' was started on every node"
+    )
+    decided = under(_as_a_rank(nodes, here))
+    return replace(decided, notes=(*decided.notes, note))
+
+
+def _as_a_rank(num_nodes: int | tuple[int, int], processes: int) -> dict[str, str]:
+    """The environment of a rank on the first node, as ``torchweft run`` makes it."""
+    most = num_nodes if isinstance(num_nodes, int) else num_nodes[1]
+    rank = RankInfo(world_size=most * processes, local_world_size=processes, run_id="plan")
+    handoff = Handoff(run_id="plan", launcher="torchrun", pid=os.getpid())
+    return {**os.environ, **rank.to_environ(), **handoff.to_environ()}
 
 
 def _document(decided: RunPlan) -> dict[str, object]:

@@ -13,13 +13,12 @@ import click
 
 from torchweft import process
 from torchweft.catalog import Catalog
-from torchweft.errors import IncompatiblePlan, InvalidRequest, NotAvailable
+from torchweft.errors import IncompatiblePlan, InvalidRequest, NotAvailable, TorchweftError
 from torchweft.handoff import Handoff
 from torchweft.manager import Manager
 from torchweft.plan import RunPlan
 from torchweft.request import RunRequest
 from torchweft.resolve import resolve
-from torchweft.specs import KINDS
 
 __all__ = ["run"]
 
@@ -191,17 +190,25 @@ def _processes(request: RunRequest) -> tuple[int, tuple[str, ...]]:
     try:
         plan: RunPlan = resolve(alone, catalog, environ={})
     except (NotAvailable, IncompatiblePlan):
-        # With no accelerator named, the script may name one that the default choice is not; a
-        # name that nobody provides stays unknown whatever the script says.
-        named = ((kind, getattr(request, kind)) for kind in KINDS)
-        missing = any(name and not catalog.named(kind, name) for kind, name in named)
-        if missing or request.accelerator is not None or not isinstance(request.devices, int):
+        # With no accelerator named, the script may name one that the default choice is not.
+        others = [entry.spec.name for entry in catalog.entries("accelerator")]
+        if request.accelerator is not None or not isinstance(request.devices, int):
+            raise
+        if not any(_resolves(replace(alone, accelerator=name), catalog) for name in others):
             raise
         return request.devices, ()
     modules = [
         spec.target.partition(":")[0] for spec in (plan.accelerator, plan.strategy, plan.precision)
     ]
     return plan.topology.processes_per_node, (*modules, *plan.strategy.preload)
+
+
+def _resolves(request: RunRequest, catalog: Catalog) -> bool:
+    try:
+        resolve(request, catalog, environ={})
+    except TorchweftError:
+        return False
+    return True
 
 
 def _check_nodes(job: Job) -> None:
