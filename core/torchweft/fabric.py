@@ -6,7 +6,6 @@ import importlib
 import inspect
 import os
 import sys
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -28,13 +27,12 @@ from torchweft.plan import RunPlan
 from torchweft.request import RunRequest
 from torchweft.resolve import resolve
 from torchweft.seed import Streams, seed_everything
-from torchweft.wrappers import FabricModule, FabricOptimizer, wrap_optimizer
-from torchweft.wrappers.module import split_compiled
+from torchweft.setups import Setups, check_can, set_up_module, set_up_optimizer
 
 __all__ = ["Fabric"]
 
 #: Attributes of a Fabric that belong to one process.
-_LIVE = ("_manager", "_parts", "_live", "_modules", "_originals")
+_LIVE = ("_manager", "_parts", "_live", "_set_up")
 
 
 class Fabric:
@@ -105,9 +103,7 @@ class Fabric:
         self._launched = False
         self._plain_backward = False
         self._backward_open = [False]
-        # In the order in which they were set up, which decides names in checkpoints.
-        self._modules: weakref.WeakKeyDictionary[FabricModule, None] = weakref.WeakKeyDictionary()
-        self._originals: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._set_up: Setups | None = None
 
     def _take_object(self, kind: str, value: Any) -> Any:
         """Move a live object from its argument to the given ones; names stay."""
@@ -335,21 +331,8 @@ class Fabric:
             Misuse: when one of them was set up before, or ``launch()`` is missing.
             InvalidRequest: when something else was given.
         """
-        run = self._run("setup()")
-        self._check_module(run, module, "setup()")
-        for optimizer in optimizers:
-            self._check_optimizer(optimizer, "setup()")
-            self._check_owner(run, module, optimizer)
-        model, prepared = self._prepare(
-            run, module, optimizers, scheduler, move_to_device, _reapply_compile
-        )
-        wrapped = [
-            wrap_optimizer(optimizer, run.strategy, self._owners(optimizer), run.precision)
-            for optimizer in prepared.optimizers
-        ]
-        if not wrapped and scheduler is None:
-            return model
-        return (model, *wrapped, *([] if scheduler is None else [prepared.scheduler]))
+        setups = self._setups(self._run("setup()"))
+        return setups.setup(module, optimizers, scheduler, move_to_device, _reapply_compile)
 
     def setup_module(
         self, module: nn.Module, move_to_device: bool = True, _reapply_compile: bool = True
@@ -358,122 +341,18 @@ class Fabric:
 
         Raises ``Misuse`` where the strategy needs both together.
         """
-        run = self._run("setup_module()")
-        self._check_apart(run)
-        self._check_module(run, module, "setup_module()")
-        return self._prepare(run, module, (), None, move_to_device, _reapply_compile)[0]
+        setups = self._setups(self._run("setup_module()"))
+        return setups.setup_module(module, move_to_device, _reapply_compile)
 
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:
         """Make optimizers ready whose models were set up before; one alone, or a tuple."""
-        run = self._run("setup_optimizers()")
-        self._check_apart(run)
-        if not optimizers:
-            raise InvalidRequest("fabric.setup_optimizers() was called without an optimizer")
-        for optimizer in optimizers:
-            self._check_optimizer(optimizer, "setup_optimizers()")
-            self._check_owner(run, None, optimizer)
-        wrapped = []
-        for optimizer in optimizers:
-            ready = run.strategy.setup_optimizer(optimizer)
-            self._originals.add(optimizer)
-            owners = self._owners(ready)
-            wrapped.append(wrap_optimizer(ready, run.strategy, owners, run.precision))
-        return wrapped[0] if len(wrapped) == 1 else tuple(wrapped)
+        wrapped = self._setups(self._run("setup_optimizers()")).setup_optimizers(optimizers)
+        return wrapped[0] if len(wrapped) == 1 else wrapped
 
-    def _prepare(
-        self,
-        run: Run,
-        module: nn.Module,
-        optimizers: tuple[Optimizer, ...],
-        scheduler: Any,
-        move_to_device: bool,
-        reapply_compile: bool,
-    ) -> tuple[FabricModule, Any]:
-        inside, compile_again = split_compiled(module)
-        if not reapply_compile:
-            inside, compile_again = module, lambda prepared: prepared
-        converted = run.precision.convert_module(inside)
-        if move_to_device:
-            converted = converted.to(run.device)
-        for optimizer in optimizers:
-            _follow_parameters(optimizer)
-        prepared = run.strategy.setup(converted, optimizers, scheduler)
-        wrapped = FabricModule(
-            run.strategy.original(prepared.module),
-            prepared.module,
-            run.strategy,
-            run.precision,
-            self._backward_open,
-            compile_again(prepared.module),
-        )
-        self._modules[wrapped] = None
-        self._originals.update((module, inside, *optimizers))
-        return wrapped, prepared
-
-    def _owners(self, optimizer: Optimizer) -> list[nn.Module]:
-        held = _parameters_of(optimizer)
-        return [m.prepared for m in self._modules if any(id(p) in held for p in m.parameters())]
-
-    def _check_apart(self, run: Run) -> None:
-        reason = run.strategy.cannot.get("setup_apart")
-        if reason:
-            raise Misuse(
-                f"strategy '{self._plan.strategy.name}' cannot set up a model and its optimizer "
-                f"apart: {reason}; use fabric.setup(model, optimizer)"
-            )
-
-    def _check_can(self, run: Run, capability: str, what: str) -> None:
-        reason = run.strategy.cannot.get(capability)
-        if reason:
-            raise Misuse(f"strategy '{self._plan.strategy.name}' cannot {what}: {reason}")
-
-    def _check_module(self, run: Run, module: Any, caller: str) -> None:
-        if not isinstance(module, nn.Module):
-            raise InvalidRequest(
-                f"fabric.{caller} was given {_described(module)} where the model belongs; write "
-                "fabric.setup(model, optimizer)"
-            )
-        if isinstance(module, FabricModule) or module in self._originals:
-            raise Misuse(
-                f"this {_name(module)} was already set up; use what fabric.setup() returned, "
-                "and set every model up once"
-            )
-        if len(self._modules):
-            self._check_can(run, "several_modules", "set up a second model")
-
-    def _check_optimizer(self, optimizer: Any, caller: str) -> None:
-        if isinstance(optimizer, FabricOptimizer) or optimizer in self._originals:
-            raise Misuse(
-                f"this {_name(optimizer)} was already set up; use what fabric.setup() returned, "
-                "and set every optimizer up once"
-            )
-        if not isinstance(optimizer, Optimizer):
-            raise InvalidRequest(
-                f"fabric.{caller} was given {_described(optimizer)} where an optimizer belongs; "
-                "optimizers are passed one by one, and a scheduler as scheduler="
-            )
-
-    def _check_owner(self, run: Run, module: nn.Module | None, optimizer: Optimizer) -> None:
-        """Whether the models that are set up by then hold the optimizer's parameters."""
-        models = [*self._modules, *([] if module is None else [module])]
-        owned = {id(parameter) for model in models for parameter in model.parameters()}
-        mine = owned if module is None else {id(parameter) for parameter in module.parameters()}
-        held = _parameters_of(optimizer)
-        if held and not mine.intersection(held):
-            what = "a model that was set up" if module is None else _name(module)
-            raise InvalidRequest(
-                f"{_name(optimizer)} holds no parameter of {what}; make the optimizer from the "
-                "parameters of the model, and set up the model with it or before it"
-            )
-        foreign = [parameter for key, parameter in held.items() if key not in owned]
-        # Alone, nobody has to synchronise them.
-        if foreign and run.rank.world_size > 1:
-            raise InvalidRequest(
-                f"{_name(optimizer)} holds {len(foreign)} parameter(s) that belong to no model "
-                f"that was set up, the first of shape {tuple(foreign[0].shape)}; their gradients "
-                "would differ between the processes: make them part of the model, or set up their "
-                "model before"
-            )
+    def _setups(self, run: Run) -> Setups:
+        if self._set_up is None:
+            self._set_up = Setups(run, self._backward_open)
+        return self._set_up
 
     def setup_dataloaders(
         self, *loaders: Any, use_distributed_sampler: bool = True, move_to_device: bool = True
@@ -516,7 +395,7 @@ class Fabric:
             return
         run = self._run("backward()")
         if model is not None:
-            model = self._set_up(model, FabricModule, "backward(model=)").prepared
+            model = set_up_module(model, "backward(model=)").prepared
         opened = self._backward_open
         opened[0] = True
         try:
@@ -546,10 +425,10 @@ class Fabric:
                 f"fabric.clip_gradients(clip_val={clip_val}, max_norm={max_norm}): give one of "
                 "the two, clip_val to clip by value or max_norm to clip by the global norm"
             )
-        inside = self._set_up(optimizer, FabricOptimizer, "clip_gradients()").optimizer
-        prepared = self._set_up(module, FabricModule, "clip_gradients()").prepared
+        inside = set_up_optimizer(optimizer, "clip_gradients()").optimizer
+        prepared = set_up_module(module, "clip_gradients()").prepared
         if clip_val is not None:
-            self._check_can(run, "clip_by_value", "clip gradients by value (clip_val)")
+            check_can(run, "clip_by_value", "clip gradients by value (clip_val)")
         if error_if_nonfinite is None:
             error_if_nonfinite = run.accelerator.host_memory and not run.precision.scales_loss
         run.precision.unscale(inside)
@@ -565,9 +444,9 @@ class Fabric:
     def no_backward_sync(self, module: Any, enabled: bool = True) -> AbstractContextManager[Any]:
         """Around forward and backward of all micro-batches of a step but the last."""
         run = self._run("no_backward_sync()")
-        prepared = self._set_up(module, FabricModule, "no_backward_sync()").prepared
+        prepared = set_up_module(module, "no_backward_sync()").prepared
         if enabled:
-            self._check_can(run, "no_backward_sync", "leave out the synchronisation of gradients")
+            check_can(run, "no_backward_sync", "leave out the synchronisation of gradients")
         return run.strategy.accumulating(prepared, last=not enabled)
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -586,14 +465,6 @@ class Fabric:
         """A model, tensor, nested collection or anything with ``.to`` on the device."""
         run = self._run("to_device()")
         return value.to(run.device) if isinstance(value, nn.Module) else run.strategy.move(value)
-
-    def _set_up(self, value: Any, kind: type, caller: str) -> Any:
-        if not isinstance(value, kind):
-            raise Misuse(
-                f"fabric.{caller} was given a {type(value).__name__} that was not set up; pass "
-                "what fabric.setup() returned"
-            )
-        return value
 
     # -- between processes -----------------------------------------------------------------------
 
@@ -793,33 +664,9 @@ def _importable(module: ModuleType) -> str:
     return module.__name__
 
 
-def _parameters_of(optimizer: Optimizer) -> dict[int, Tensor]:
-    return {id(p): p for group in optimizer.param_groups for p in group["params"]}
-
-
-def _follow_parameters(optimizer: Optimizer) -> None:
-    """Bring the state of an optimizer, where there is one already, to where parameters went."""
-    for parameter, state in optimizer.state.items():
-        for value in state.values():
-            # Single numbers stay on the host, as torch has them.
-            if isinstance(value, Tensor) and value.numel() > 1 and not _alike(value, parameter):
-                # torch's own rules for which parts of a state go along.
-                optimizer.load_state_dict(optimizer.state_dict())
-                return
-
-
-def _alike(one: Tensor, other: Tensor) -> bool:
-    return one.device == other.device and (one.dtype == other.dtype or not one.is_floating_point())
-
-
 def _name(value: Any) -> str:
     """A function's or a class's own name, and of everything else that of its class."""
     return str(getattr(value, "__name__", None) or type(value).__name__)
-
-
-def _described(value: Any) -> str:
-    cls = type(value).__name__
-    return f"the class {value.__name__}" if isinstance(value, type) else f"a {cls}"
 
 
 def _listed(value: Any) -> list[Any]:

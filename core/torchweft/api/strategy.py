@@ -251,7 +251,10 @@ class Strategy:
         return {}
 
     def load_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Restore what ``extra_state`` returned."""
+        """Restore what ``extra_state`` returned, perhaps that of another strategy.
+
+        Ignore keys that are not this one's.
+        """
 
 
 class SkipInit(TorchFunctionMode):
