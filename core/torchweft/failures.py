@@ -88,13 +88,15 @@ def report(failures: Sequence[Failure], world_size: int, done: Collection[int] =
 
     ``done``: ranks that had ended well, or were about to; others may have waited for them in vain.
     """
-    first = first_failure(failures)
-    lines = [f"rank {first.rank} of {world_size} failed: {first.cause()}"]
+    cause = first_failure(failures).cause()
+    # Which of those that failed alike was a moment earlier tells nothing.
+    first = min((f for f in failures if f.cause() == cause), key=lambda f: f.rank)
+    lines = [f"rank {first.rank} of {world_size} failed: {cause}"]
     others = [f for f in failures if f is not first]
-    same = [str(f.rank) for f in others if f.cause() == first.cause()]
+    same = [str(f.rank) for f in others if f.cause() == cause]
     if same:
         lines.append(f"and so did rank {', '.join(same)}")
-    told = [f"rank {f.rank}: {_brief(f.cause())}" for f in others if f.cause() != first.cause()]
+    told = [f"rank {f.rank}: {_brief(f.cause())}" for f in others if f.cause() != cause]
     if told:
         lines.append(f"after it: {'; '.join(told)}")
     left = sorted(set(done) - {f.rank for f in failures})

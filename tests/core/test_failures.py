@@ -78,6 +78,12 @@ def test_one_report() -> None:
     assert report(failures, 4).exit_status == 137
 
 
+def test_of_those_that_failed_alike_the_lowest_rank_is_named() -> None:
+    told = report([raised(rank, "ValueError: no", 9 - rank) for rank in (0, 1, 2)], 3)
+    assert str(told).startswith("rank 0 of 3 failed: ValueError: no\nand so did rank 1, 2\n")
+    assert told.rank == 0
+
+
 def test_long_words_of_others_are_shortened() -> None:
     told = str(report([raised(0, "A", 1), raised(1, "B" * 500, 2)], 2))
     assert f"after it: rank 1: {'B' * 97}...\n" in told
