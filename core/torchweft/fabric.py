@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import os
@@ -9,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -26,13 +27,29 @@ from torchweft.manager import Manager
 from torchweft.plan import RunPlan
 from torchweft.request import RunRequest
 from torchweft.resolve import resolve
-from torchweft.seed import Streams, seed_everything
+from torchweft.seed import Streams, seed_everything, seed_of_rank
 from torchweft.setups import Setups, check_can, set_up_module, set_up_optimizer
 
 __all__ = ["Fabric"]
 
 #: Attributes of a Fabric that belong to one process.
 _LIVE = ("_manager", "_parts", "_live", "_set_up")
+
+
+class _OrOfTheClass:
+    """A method that, asked of the class rather than of an object, is a function instead."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._method: Callable[..., Any] = function
+
+    def __call__(self, method: Callable[..., Any]) -> _OrOfTheClass:
+        self._method = method
+        self.__doc__ = method.__doc__
+        return self
+
+    def __get__(self, obj: Any, owner: type) -> Callable[..., Any]:
+        return self._function if obj is None else MethodType(self._method, obj)
 
 
 class Fabric:
@@ -197,6 +214,21 @@ class Fabric:
             self._join(stay=True)
         self._launched = True
         return None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "run" in vars(cls):
+            cls.run = _launched(vars(cls)["run"])  # type: ignore[method-assign]
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """For a subclass to override with the training code; calling it launches the processes.
+
+        Returns what rank 0's ``run`` returned, as ``launch(function)`` does.
+        """
+        raise Misuse(
+            f"{type(self).__name__} has no run() of its own; override it in a subclass, or call "
+            "fabric.launch(function)"
+        )
 
     def _join(self, *, stay: bool) -> worker.Live:
         parts = self._parts
@@ -457,6 +489,10 @@ class Fabric:
         """Around a model's construction: right device and dtype from the start."""
         return self._run("init_module()").strategy.init_context(empty_init)
 
+    def sharded_model(self) -> AbstractContextManager[Any]:
+        """The older name of ``init_module()``."""
+        return self._run("sharded_model()").strategy.init_context(None)
+
     def init_tensor(self) -> AbstractContextManager[Any]:
         """Around the creation of tensors: right device and dtype from the start."""
         return self._run("init_tensor()").strategy.init_context(None)
@@ -481,14 +517,17 @@ class Fabric:
         """The ``obj`` of rank ``src``: a tensor or any object that can be pickled."""
         return self._run("broadcast()").collectives.broadcast(obj, src)
 
-    def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
+    def all_gather(
+        self, data: Any, group: Any = None, sync_grads: bool = False, stack: bool = False
+    ) -> Any:
         """Tensors, numbers or arrays of all processes, also in nested collections.
 
         Each becomes a tensor of shape ``(processes, *shape)``, and keeps its shape where there is
-        one process. Shapes must be the same in all processes.
+        one process, unless ``stack`` asks for ``(1, *shape)`` there. Shapes must be the same in
+        all processes.
         """
         run = self._run("all_gather()")
-        return gather_data(run, data, group, sync_grads)
+        return gather_data(run, data, group, sync_grads, stack)
 
     def all_reduce(self, data: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Tensors, numbers or arrays of all processes reduced, also in nested collections.
@@ -513,15 +552,28 @@ class Fabric:
         if first:
             run.collectives.barrier()
 
+    @_OrOfTheClass(seed_everything)
     def seed_everything(
-        self, seed: int | None = None, workers: bool | None = None, verbose: bool = True
+        self,
+        seed: int | None = None,
+        workers: bool | None = None,
+        verbose: bool = True,
+        *,
+        per_rank: bool = False,
     ) -> int:
         """Seed Python's, NumPy's and torch's generators; see ``torchweft.seed_everything``.
 
-        The order of shuffled data in the loaders that are set up afterwards follows it too.
+        The order of shuffled data in the loaders that are set up afterwards follows ``seed`` too.
+        ``per_rank`` gives every rank streams of its own, made from ``seed`` and the rank, so that
+        dropout and augmentation differ between ranks; build models before, with equal streams.
+        Called on the class it is ``torchweft.seed_everything``.
         """
-        self._seed = seed_everything(seed, workers, verbose)
-        return self._seed
+        chosen = seed_everything(seed, workers, verbose)
+        if per_rank:
+            rank = self._run("seed_everything(per_rank=True)").rank.rank
+            seed_everything(seed_of_rank(chosen, rank))
+        self._seed = chosen
+        return chosen
 
     # -- checkpoints -----------------------------------------------------------------------------
 
@@ -576,6 +628,32 @@ class Fabric:
         from torchweft.checkpoint import load_raw
 
         load_raw(self._run("load_raw()"), Path(path), obj, strict, weights_only)
+
+    # -- looking into a run ----------------------------------------------------------------------
+
+    def breakpoint(self) -> None:
+        """Open Python's debugger here on rank 0; call it in every rank.
+
+        The others wait until rank 0 goes on (``continue``, ``next``, …), for as long as the
+        strategy lets a collective operation take, 30 minutes unless it was told otherwise.
+        """
+        run = self._run("breakpoint()")
+        if run.rank.rank != 0:
+            run.collectives.barrier()
+            return
+        from torchweft.debugging import HoldingPdb
+
+        HoldingPdb(run.collectives.barrier).set_trace(sys._getframe(1))
+
+    def memory(self) -> list[dict[str, int]]:
+        """Bytes in use by rank, of the host and of the device; call it in every rank.
+
+        ``"host"`` and ``"host_peak"`` are the process's resident memory; the other keys are the
+        accelerator's.
+        """
+        from torchweft.debugging import memory_by_rank
+
+        return memory_by_rank(self._run("memory()"))
 
     # -- callbacks and loggers -------------------------------------------------------------------
 
@@ -632,6 +710,23 @@ def _in_rank(
         raise
     live.leave(failed=False)
     return result
+
+
+def _launched(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The ``run`` of a subclass, which makes the processes first where there are none yet."""
+
+    @functools.wraps(run)
+    def launching(self: Fabric, *args: Any, **kwargs: Any) -> Any:
+        if self._launched:
+            return run(self, *args, **kwargs)
+        return self.launch(_run_of, *args, **kwargs)
+
+    return launching
+
+
+def _run_of(fabric: Fabric, *args: Any, **kwargs: Any) -> Any:
+    """Found by its name in a fresh process, as a method of the user's is not."""
+    return fabric.run(*args, **kwargs)
 
 
 def _check_takes_fabric(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -15,12 +15,13 @@ from torchweft.errors import InvalidRequest
 __all__ = ["gather_data", "reduce_data"]
 
 
-def gather_data(run: Run, data: Any, group: Any, sync_grads: bool) -> Any:
+def gather_data(run: Run, data: Any, group: Any, sync_grads: bool, stack: bool = False) -> Any:
     """Every leaf of all processes, stacked: shape ``(processes, *shape)``.
 
-    In a run of one process a leaf keeps its shape, as ``Fabric.all_gather`` promises.
+    In a run of one process a leaf keeps its shape, as ``Fabric.all_gather`` promises, unless
+    ``stack``.
     """
-    alone = run.rank.world_size == 1
+    alone = run.rank.world_size == 1 and not stack
 
     def gather(leaf: Any) -> Tensor:
         tensor = _tensor(run, leaf, "all_gather")

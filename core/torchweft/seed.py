@@ -11,7 +11,7 @@ import torch
 
 from torchweft.errors import InvalidRequest
 
-__all__ = ["Streams", "seed_everything"]
+__all__ = ["Streams", "seed_everything", "seed_of_rank"]
 
 _LARGEST = 2**32 - 1
 
@@ -34,6 +34,11 @@ def seed_everything(
     numpy.random.seed(chosen)
     torch.manual_seed(chosen)
     return chosen
+
+
+def seed_of_rank(seed: int, rank: int) -> int:
+    """A seed, 0 to 2**32 - 1, whose streams are independent of those of other ranks and seeds."""
+    return int(numpy.random.SeedSequence((seed, rank)).generate_state(1)[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,8 +12,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from torchweft import Fabric, seed_everything
-from torchweft.errors import InvalidRequest
-from torchweft.seed import Streams
+from torchweft.errors import InvalidRequest, Misuse
+from torchweft.seed import Streams, seed_of_rank
 
 
 def draw() -> tuple[float, float, float]:
@@ -83,3 +83,29 @@ def test_the_seed_of_a_fabric_decides_the_order_of_its_loaders() -> None:
         orders.append(next(iter(loader)).tolist())
     assert orders[0] == orders[1] != orders[2]
     assert sorted(orders[0]) == list(range(50))
+
+
+def test_called_on_the_class_it_is_the_function() -> None:
+    assert Fabric.seed_everything(21) == 21
+    first = draw()
+    assert seed_everything(21, workers=True) == 21
+    assert draw() == first
+
+
+def test_streams_of_one_rank() -> None:
+    fabric = Fabric(accelerator="cpu")
+    assert fabric.seed_everything(5, per_rank=True) == 5
+    first = draw()
+    seed_everything(5)
+    assert not set(draw()) & set(first)
+    seed_everything(seed_of_rank(5, 0))
+    assert draw() == first
+    # Neither another rank nor another seed comes to the same.
+    seeds = {seed_of_rank(seed, rank) for seed in range(50) for rank in range(50)}
+    assert len(seeds) > 2490
+
+
+def test_streams_by_rank_need_ranks() -> None:
+    fabric = Fabric(accelerator="cpu", strategy="ddp", devices=2)
+    with pytest.raises(Misuse, match=r"seed_everything\(per_rank=True\) came before fabric.launch"):
+        fabric.seed_everything(5, per_rank=True)
