@@ -119,6 +119,7 @@ class Fabric:
         self._live: worker.Live | None = None
         self._launched = False
         self._plain_backward = False
+        self._backward_is_plain = False
         self._backward_open = [False]
         self._set_up: Setups | None = None
 
@@ -233,7 +234,7 @@ class Fabric:
     def _join(self, *, stay: bool) -> worker.Live:
         parts = self._parts
         self._live = worker.join(self._plan, parts, self._manager, os.environ)
-        self._plain_backward = (
+        self._backward_is_plain = (
             type(parts.strategy).backward is Strategy.backward
             and type(parts.precision).scale is Precision.scale
             and not parts.strategy.owns_backward
@@ -384,6 +385,7 @@ class Fabric:
     def _setups(self, run: Run) -> Setups:
         if self._set_up is None:
             self._set_up = Setups(run, self._backward_open)
+            self._plain_backward = self._backward_is_plain
         return self._set_up
 
     def setup_dataloaders(
@@ -426,6 +428,12 @@ class Fabric:
             tensor.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
             return
         run = self._run("backward()")
+        if self._set_up is None and run.rank.world_size > 1:
+            raise Misuse(
+                "fabric.backward(loss) came before any model was set up, so that every process "
+                "would train a model of its own; pass the model to fabric.setup(model, optimizer) "
+                "first, or call loss.backward() where that is meant"
+            )
         if model is not None:
             model = set_up_module(model, "backward(model=)").prepared
         opened = self._backward_open

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["COMMON", "KNOWN"]
+__all__ = ["COMMON", "KNOWN", "OTHER_WORDS"]
 
 #: By kind, the name to suggest where nothing that is installed will do.
 COMMON: Mapping[str, str] = {"accelerator": "cuda", "strategy": "ddp"}
@@ -41,4 +41,16 @@ KNOWN: Mapping[tuple[str, str], str] = {
     **{("strategy", name): "torchweft-xla" for name in ("xla", "xla_fsdp", "single_xla")},
     **{("precision", name): "torchweft-cuda" for name in ("16-mixed", "16")},
     ("launcher", "ray"): "torchweft-ray",
+}
+
+#: (kind, word) -> what may be meant by a word of other libraries that says too little.
+OTHER_WORDS: Mapping[tuple[str, str], tuple[str, ...]] = {
+    **{("precision", word): ("16-mixed", "16-true") for word in ("fp16", "float16", "half")},
+    **{("precision", word): ("bf16-mixed", "bf16-true") for word in ("bfloat16", "bfp16")},
+    ("precision", "amp"): ("bf16-mixed", "16-mixed"),
+    ("precision", "fp32"): ("32-true",),
+    ("precision", "float32"): ("32-true",),
+    ("precision", "fp64"): ("64-true",),
+    ("precision", "float64"): ("64-true",),
+    ("precision", "double"): ("64-true",),
 }

@@ -14,7 +14,7 @@ from torchweft.errors import (
     UnknownName,
     did_you_mean,
 )
-from torchweft.known import COMMON, KNOWN
+from torchweft.known import COMMON, KNOWN, OTHER_WORDS
 from torchweft.manager import Declared
 
 __all__ = ["clashing", "package_to_install", "unknown_name"]
@@ -31,7 +31,12 @@ def unknown_name(kind: str, name: str, catalog: Catalog, *, source: str = "") ->
         return _known_name(kind, asked, distribution, catalog)
     declared = catalog.names(kind)
     elsewhere = [known for known_kind, known in KNOWN if known_kind == kind]
-    near = did_you_mean(name, {*declared, *elsewhere, "auto"}) or ";"
+    meant = OTHER_WORDS.get((kind, name.lower()))
+    near = (
+        f"; did you mean {' or '.join(map(repr, meant))}?"
+        if meant
+        else did_you_mean(name, {*declared, *elsewhere, "auto"}) or ";"
+    )
     here = sorted({"auto", *(entry.spec.name for entry in catalog.entries(kind))})
     message = f"no {kind} is called {asked}{near} known here: {', '.join(here)}"
     suspects = [*catalog.broken, *(plugin for plugin in catalog.declared if plugin.disabled)]

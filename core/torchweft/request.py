@@ -271,7 +271,7 @@ def _device_count(original: Any, count: int) -> Devices:
     if count < 1:
         raise InvalidRequest(
             f"devices={original!r} asks for {count} devices; it takes 1 or more, "
-            "or -1 ('all') for all that there are"
+            "or -1 ('all') for all that an accelerator counts"
         )
     return count
 

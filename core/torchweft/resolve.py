@@ -256,8 +256,8 @@ class _Resolver:
                 f"declare the same priority; name the {kind} that you want"
             )
         if len(entries) == 1:
-            return kept[0], "the only one that can be used"
-        return kept[0], f"highest priority of {len(entries)} that can be used"
+            return kept[0], "the only one for 'auto' that can be used"
+        return kept[0], f"highest priority of {len(entries)} for 'auto' that can be used"
 
     def _nothing_usable(
         self, kind: str, wanted: str | None, why: str, sifted: _Sifted, objections: _Objections

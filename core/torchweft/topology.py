@@ -97,8 +97,8 @@ class Site:
     def _all(self) -> int:
         if self.count is None:
             raise InvalidRequest(
-                f"devices='all' has no meaning for accelerator '{self.accelerator.name}', which "
-                "does not count its devices; give a number"
+                f"devices='all' (-1) has no meaning for accelerator '{self.accelerator.name}', "
+                "which does not count its devices; give a number"
             )
         if not self.count:
             raise NotAvailable(f"accelerator '{self.accelerator.name}' has no devices here")

@@ -100,6 +100,7 @@ def join(plan: RunPlan, parts: Parts, manager: Manager, environ: Mapping[str, st
             collectives=parts.strategy.collectives,
         )
     )
+    process.record_joined()
     for context in manager.worker_contexts(live.run):
         live.contexts.enter_context(context)
     return live

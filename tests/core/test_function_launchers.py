@@ -268,6 +268,6 @@ def test_a_script_without_a_guard(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert (
         "torchweft.errors.Misuse: fabric.launch() was reached while a process that was just "
-        "started, such as a worker of a DataLoader, imports the script; call it below if "
+        "started, a rank or a worker of a DataLoader, imports the script; call it below if "
         "__name__ == '__main__':"
     ) in done.stderr

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import pytest
+
 from torchweft.errors import BrokenPlugin, NameClash, NotAvailable, UnknownName
 from torchweft.manager import Declared
 from torchweft.missing import clashing, package_to_install, unknown_name
@@ -180,3 +182,16 @@ def test_a_clash_of_plugins_that_can_only_be_disabled_together(world: World) -> 
     pair = world.catalog.clash("strategy", "mean")
     assert pair is not None
     assert str(clashing("strategy", "mean", pair)).endswith("; uninstall one of them")
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("fp16", "'16-mixed' or '16-true'"),
+        ("Half", "'16-mixed' or '16-true'"),
+        ("fp32", "'32-true'"),
+    ],
+)
+def test_words_of_other_libraries_that_say_too_little(world: World, word: str, meant: str) -> None:
+    error = unknown_name("precision", word, world.catalog)
+    assert f"no precision is called '{word}'; did you mean {meant}?" in str(error)

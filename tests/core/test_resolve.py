@@ -89,7 +89,10 @@ def test_all_gpus_where_there_are_some(world: World) -> None:
 
 def test_every_decision_says_why_and_what_was_rejected(world: World) -> None:
     accelerator, strategy, _, launcher = world.resolve(devices=2, strategy="ddp").decisions
-    assert (accelerator.provider, accelerator.why) == (CORE, "the only one that can be used")
+    assert (accelerator.provider, accelerator.why) == (
+        CORE,
+        "the only one for 'auto' that can be used",
+    )
     assert [(r.name, r.provider, r.reason, r.hint) for r in accelerator.rejected] == [
         ("cuda", CUDA, "there is no NVIDIA driver", "install the driver"),
         ("mps", CORE, "this is not an Apple computer", ""),
@@ -105,7 +108,7 @@ def test_of_several_the_highest_priority(world: World) -> None:
     decision = world.resolve().decisions[1]
     assert (decision.spec.name, decision.why) == (
         "single_device",
-        "highest priority of 2 that can be used",
+        "highest priority of 2 for 'auto' that can be used",
     )
 
 

@@ -113,8 +113,8 @@ def test_all_devices_where_there_is_none() -> None:
 def test_all_devices_of_an_accelerator_that_does_not_count_them() -> None:
     with pytest.raises(
         InvalidRequest,
-        match=r"^devices='all' has no meaning for accelerator 'cpu', which does not count its "
-        r"devices; give a number$",
+        match=r"^devices='all' \(-1\) has no meaning for accelerator 'cpu', which does not count "
+        r"its devices; give a number$",
     ):
         site(devices="all").topology(strategy(), named=True)
 

@@ -92,6 +92,7 @@ WRONG = [
     (["--max-restarts", "3", "SCRIPT"], 2, "--max-restarts without --devices"),
     (["--num-nodes", "2", "SCRIPT"], 2, "--num-nodes without --devices"),
     (["--rdzv-backend", "c10d", "SCRIPT"], 2, "--rdzv-backend without --devices"),
+    (["--device", "2", "SCRIPT"], 2, "no option --device; did you mean '--devices'?"),
     (["--devices", "0", "SCRIPT"], 2, "0"),
     (["--devices", "-3", "SCRIPT"], 2, "-3"),
     (["--devices", "two", "SCRIPT"], 2, "devices='two' is not understood"),
@@ -198,3 +199,15 @@ def test_two_nodes_on_one_computer(start) -> None:
     nodes = [start(*common, "--node-rank", str(n), SCRIPT, "{}") for n in (0, 1)]
     rows = [row for node in nodes for row in said(node.finish())]
     assert [row[:2] for row in rows] == [[0, 2], [1, 2]]
+
+
+@pytest.mark.parametrize("preload", [[], ["--no-preload"]])
+def test_a_script_without_a_fabric_is_told_so(preload: list[str], run, tmp_path: Path) -> None:
+    script = tmp_path / "plain.py"
+    script.write_text("print('a whole run')\n")
+    result = run(*RUN, *preload, "--devices", "2", script)
+    assert (result.status, result.out) == (0, "a whole run\n" * 2)
+    assert result.err == (
+        f"torchweft: {script} ended well, but none of its 2 processes made a Fabric: each ran the "
+        "whole script by itself\n"
+    )

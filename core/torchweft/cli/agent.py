@@ -70,6 +70,7 @@ def _drive(job: Job, folder: Path) -> int:
     store, endpoint = _host_store(job)
     try:
         _launch(job, _config(job, endpoint, folder), folder)
+        _tell_if_nobody_joined(job, folder)
     except ChildFailedError as error:
         failure = _describe(error, job, folder)
         process.write_error(f"torchweft: {failure}\n")
@@ -77,6 +78,16 @@ def _drive(job: Job, folder: Path) -> int:
     finally:
         del store
     return 0
+
+
+def _tell_if_nobody_joined(job: Job, folder: Path) -> None:
+    if job.processes > 1 and not any(
+        folder.glob(f"*/attempt_*/*/{process.joined_file(Path('error.json'))}")
+    ):
+        process.write_error(
+            f"torchweft: {job.script} ended well, but none of its {job.processes} processes made a "
+            "Fabric: each ran the whole script by itself\n"
+        )
 
 
 def _end_fork_server() -> None:

@@ -13,7 +13,13 @@ import click
 
 from torchweft import process
 from torchweft.catalog import Catalog
-from torchweft.errors import IncompatiblePlan, InvalidRequest, NotAvailable, TorchweftError
+from torchweft.errors import (
+    IncompatiblePlan,
+    InvalidRequest,
+    NotAvailable,
+    TorchweftError,
+    did_you_mean,
+)
 from torchweft.handoff import Handoff
 from torchweft.manager import Manager
 from torchweft.plan import RunPlan
@@ -148,6 +154,13 @@ def _check_script(script: str) -> None:
     path = Path(script)
     if path.is_file():
         return
+    if script.startswith("-"):
+        flags = [flag for parameter in run.params for flag in parameter.opts]
+        name = script.partition("=")[0]
+        raise InvalidRequest(
+            f"'torchweft run' has no option {name}{did_you_mean(name, flags)}; what is meant for "
+            "the script stands behind its path"
+        )
     if path.is_dir():
         raise InvalidRequest(f"script '{script}' is a folder; name the Python file in it")
     near = ""

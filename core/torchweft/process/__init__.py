@@ -21,7 +21,14 @@ from torchweft.process.begin import (
 )
 from torchweft.process.collector import collector_off, served
 from torchweft.process.end import end, exit_status, own_the_end, stay_until_the_end, wind_down
-from torchweft.process.failure import done_file, format_error, record_done, record_failure
+from torchweft.process.failure import (
+    done_file,
+    format_error,
+    joined_file,
+    record_done,
+    record_failure,
+    record_joined,
+)
 from torchweft.process.files import close_files, flush_files, flush_streams, write_error
 from torchweft.process.guard import end_like, fork_guarded
 from torchweft.process.marks import Marks
@@ -67,10 +74,12 @@ __all__ = [
     "in_main_thread",
     "interpreter_flags",
     "interrupt_patience",
+    "joined_file",
     "open_stdin",
     "own_the_end",
     "record_done",
     "record_failure",
+    "record_joined",
     "respected",
     "run_script",
     "served",

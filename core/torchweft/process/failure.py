@@ -8,13 +8,21 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from torchweft.errors import TorchweftError
 from torchweft.process.begin import ERROR_FILE
 from torchweft.process.files import write_error
 
-__all__ = ["done_file", "format_error", "record_done", "record_failure"]
+__all__ = [
+    "done_file",
+    "format_error",
+    "joined_file",
+    "record_done",
+    "record_failure",
+    "record_joined",
+]
 
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 
@@ -31,17 +39,31 @@ _LOST_PEER = (
 )
 
 
+def joined_file(error_file: Path) -> Path:
+    """What appears beside a rank's error file once it has joined the run."""
+    return error_file.with_name(f"{error_file.name}.joined")
+
+
 def done_file(error_file: Path) -> Path:
     """What appears beside a rank's error file once the rank takes part in nothing any more."""
     return error_file.with_name(f"{error_file.name}.done")
 
 
+def record_joined() -> None:
+    """Tell the supervisor that this process takes part in the run."""
+    _touch(joined_file)
+
+
 def record_done() -> None:
     """Tell the supervisor, before others lose this rank, that it leaves them because it is done."""
+    _touch(done_file)
+
+
+def _touch(beside: Callable[[Path], Path]) -> None:
     path = os.environ.get(ERROR_FILE)
     if path:
-        with contextlib.suppress(OSError):  # it only explains other ranks' failures
-            done_file(Path(path)).write_text(os.environ.get("RANK", "0"))
+        with contextlib.suppress(OSError):  # it only serves to explain
+            beside(Path(path)).write_text(os.environ.get("RANK", "0"))
 
 
 def record_failure(error: BaseException) -> None:

@@ -135,8 +135,8 @@ def refuse_import() -> None:
     """Raise ``Misuse`` in a process that only imports the script, and would launch it all again."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise Misuse(
-            "fabric.launch() was reached while a process that was just started, such as a worker "
-            "of a DataLoader, imports the script; call it below if __name__ == '__main__':"
+            "fabric.launch() was reached while a process that was just started, a rank or a "
+            "worker of a DataLoader, imports the script; call it below if __name__ == '__main__':"
         )
 
 

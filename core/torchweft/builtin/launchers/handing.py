@@ -82,4 +82,6 @@ def _parts(argument: Any) -> list[tuple[str, Any]]:
     describe = getattr(argument, "picklable_parts", None)
     if describe is not None:
         return list(describe())
+    if isinstance(argument, FunctionType):
+        return [(f"the function {argument.__qualname__}()", argument)]
     return [(f"the argument {argument!r:.60}", argument)]
