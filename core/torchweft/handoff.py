@@ -28,6 +28,7 @@ class Handoff:
         run_id: of the run.
         launcher: name of the launcher that made the ranks; empty when the script shall make them.
         flags: the flags of ``torchweft run`` that the user gave, by name of ``Fabric``'s argument.
+        dry_run: whether one batch of every loader is enough.
         pid: the process that this was written for, or None for all children of ``parent``.
         parent: the process whose children this was written for.
     """
@@ -35,6 +36,7 @@ class Handoff:
     run_id: str
     launcher: str = ""
     flags: Mapping[str, Any] = field(default_factory=dict)
+    dry_run: bool = False
     pid: int | None = None
     parent: int | None = None
 
@@ -76,6 +78,7 @@ def _sound(handoff: Handoff) -> bool:
         isinstance(handoff.run_id, str)
         and isinstance(handoff.launcher, str)
         and isinstance(handoff.flags, dict)
+        and isinstance(handoff.dry_run, bool)
         and isinstance(handoff.pid, int | None)
         and isinstance(handoff.parent, int | None)
     )

@@ -74,10 +74,11 @@ def test_the_help_lists_the_commands() -> None:
     done = command("--help")
     assert done.returncode == 0
     for line in (
-        "run      Run a training script on one or many processes.",
-        "plan     Show what would be decided for a run, and why.",
-        "plugins  List everything that can be chosen by name.",
-        "doctor   Look for what is wrong on this computer.",
+        "run         Run a training script on one or many processes.",
+        "plan        Show what would be decided for a run, and why.",
+        "plugins     List everything that can be chosen by name.",
+        "completion  Print the shell's completion script.",
+        "doctor      Look for what is wrong on this computer.",
     ):
         assert line in done.stdout
 
@@ -107,7 +108,7 @@ def test_an_unknown_command_names_the_nearest() -> None:
     done = command("plugin")
     assert done.returncode == 2
     assert (
-        "no command is called 'plugin'; did you mean 'plugins'? known: run, plan, plugins, doctor"
+        "no command is called 'plugin'; did you mean 'plugins'? known: run, plan, plugins, completion, doctor"
     ) in done.stderr
 
 

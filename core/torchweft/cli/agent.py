@@ -97,10 +97,14 @@ def _end_fork_server() -> None:
 
 
 def _launch(job: Job, config: LaunchConfig, folder: Path) -> None:
+    handoff = Handoff(
+        run_id=job.run_id,
+        launcher="torchrun",
+        flags=job.flags,
+        dry_run=job.dry_run,
+        parent=os.getpid(),
+    )
     if job.fresh:
-        handoff = Handoff(
-            run_id=job.run_id, launcher="torchrun", flags=job.flags, parent=os.getpid()
-        )
         os.environ.update(handoff.to_environ())
         program = [*process.interpreter_flags(), "-c", _FRESH, str(folder), job.script]
         elastic_launch(config, sys.executable)(*program, *job.arguments)
@@ -108,8 +112,7 @@ def _launch(job: Job, config: LaunchConfig, folder: Path) -> None:
     script = Script(
         path=job.script,
         arguments=job.arguments,
-        run_id=job.run_id,
-        flags=job.flags,
+        handoff=handoff,
         folder=str(folder),
         stdin=_stdin(),
     )

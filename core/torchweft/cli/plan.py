@@ -10,6 +10,7 @@ import click
 
 from torchweft.catalog import Catalog
 from torchweft.cli import write_json, write_rows
+from torchweft.cli.completion import name_option
 from torchweft.errors import IncompatiblePlan
 from torchweft.handoff import Handoff
 from torchweft.manager import Manager
@@ -25,12 +26,28 @@ _LABEL = 12
 
 
 @click.command()
-@click.option("--accelerator", metavar="NAME", help="Kind of device, such as cpu.")
-@click.option("--strategy", metavar="NAME", help="Such as ddp, or ddp:static_graph=true.")
+@name_option(
+    "accelerator",
+    metavar="NAME",
+    help="Kind of device, such as cpu.",
+)
+@name_option(
+    "strategy",
+    metavar="NAME",
+    help="Such as ddp, or ddp:static_graph=true.",
+)
 @click.option("--devices", metavar="N", help="A number, indices such as 0,2, or all.")
 @click.option("--num-nodes", metavar="N", help="A number, or LEAST:MOST.")
-@click.option("--precision", metavar="NAME", help="Such as 32-true or bf16-mixed.")
-@click.option("--launcher", metavar="NAME", help="Who makes the processes, such as spawn.")
+@name_option(
+    "precision",
+    metavar="NAME",
+    help="Such as 32-true or bf16-mixed.",
+)
+@name_option(
+    "launcher",
+    metavar="NAME",
+    help="Who makes the processes, such as spawn.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 def plan(as_json: bool, **given: str | None) -> None:
     """Show what Fabric(...) with these arguments would decide here, why, and what it rejected.

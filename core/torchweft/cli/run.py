@@ -13,6 +13,7 @@ import click
 
 from torchweft import process
 from torchweft.catalog import Catalog
+from torchweft.cli.completion import name_option
 from torchweft.errors import (
     IncompatiblePlan,
     InvalidRequest,
@@ -50,12 +51,14 @@ class Job:
         arguments: what it gets in ``sys.argv``.
         flags: those that the user gave and that Fabric's arguments must agree with.
         processes: on this node.
+        dry_run: whether one batch of every loader is enough.
         preload: modules that the fork server imports once.
     """
 
     script: str
     arguments: tuple[str, ...]
     flags: dict[str, Any]
+    dry_run: bool
     processes: int
     preload: tuple[str, ...]
     num_nodes: int | tuple[int, int]
@@ -75,19 +78,29 @@ class Job:
 )
 @click.argument("script", type=click.Path())
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-@click.option("--accelerator", help="Name of the accelerator, or auto.")
-@click.option("--strategy", help="Name of the strategy, with options: ddp:static_graph=true.")
+@name_option(
+    "accelerator",
+    help="Name of the accelerator, or auto.",
+)
+@name_option(
+    "strategy",
+    help="Name of the strategy, with options: ddp:static_graph=true.",
+)
 @click.option("--devices", help="Processes per node (2), devices by index (0,2), all, or auto.")
 @click.option("--num-nodes", help="Number of nodes, or least:most for an elastic run.")
 @click.option("--node-rank", type=click.IntRange(min=0), help="Rank of this node. Default: 0.")
 @click.option("--main-address", help="Address of node 0. Default: 127.0.0.1.")
 @click.option("--main-port", type=click.IntRange(1, 65535), help="Port of node 0.")
-@click.option("--precision", help="Name of the precision: 32-true, bf16-mixed, …")
+@name_option(
+    "precision",
+    help="Name of the precision: 32-true, bf16-mixed, …",
+)
 @click.option("--max-restarts", type=click.IntRange(min=0), help="After failures. Default: 0.")
 @click.option("--rdzv-backend", help="How several nodes meet: static (default), c10d, …")
 @click.option("--rdzv-endpoint", help="Where they meet: HOST:PORT.")
+@click.option("--dry-run", is_flag=True, help="Stop after one batch of every loader.")
 @click.option("--no-preload", is_flag=True, default=None, help="Start fresh interpreters.")
-def run(script: str, arguments: tuple[str, ...], **options: Any) -> None:
+def run(script: str, arguments: tuple[str, ...], dry_run: bool, **options: Any) -> None:
     """Run SCRIPT with ARGUMENTS, as python does, on several processes.
 
     With --devices, torch's elastic agent makes the processes; without, the script's own
@@ -112,13 +125,14 @@ def run(script: str, arguments: tuple[str, ...], **options: Any) -> None:
     request = replace(request, sources={name: f"--{name.replace('_', '-')}" for name in flags})
     if request.devices is None:
         _refuse_without_devices(given)
-        _become_python(script, arguments, flags)
+        _become_python(script, arguments, flags, dry_run)
     process.exit_on_signals()
     processes, preload = _processes(request)
     job = Job(
         script=script,
         arguments=tuple(arguments),
         flags=flags,
+        dry_run=dry_run,
         processes=processes,
         preload=preload,
         num_nodes=request.num_nodes or 1,
@@ -181,11 +195,15 @@ def _refuse_without_devices(given: dict[str, Any]) -> None:
         )
 
 
-def _become_python(script: str, arguments: tuple[str, ...], flags: dict[str, Any]) -> NoReturn:
+def _become_python(
+    script: str, arguments: tuple[str, ...], flags: dict[str, Any], dry_run: bool
+) -> NoReturn:
     """Without --devices this is ``python script``: same process, same everything."""
     environ = dict(os.environ)
-    if flags:
-        handoff = Handoff(run_id=uuid.uuid4().hex[:16], flags=flags, pid=os.getpid())
+    if flags or dry_run:
+        handoff = Handoff(
+            run_id=uuid.uuid4().hex[:16], flags=flags, dry_run=dry_run, pid=os.getpid()
+        )
         environ.update(handoff.to_environ())
     sys.stdout.flush()
     sys.stderr.flush()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import reduction
 from typing import Any
 
@@ -43,16 +42,14 @@ class Script:
     Attributes:
         path: of the script.
         arguments: what it gets in ``sys.argv``.
-        run_id: of the run.
-        flags: of the command, which Fabric's arguments must agree with.
+        handoff: what the command tells its ranks.
         folder: of the run, on this node.
         stdin: for local rank 0; None where the command has none.
     """
 
     path: str
     arguments: tuple[str, ...]
-    run_id: str
-    flags: Mapping[str, Any]
+    handoff: Handoff
     folder: str
     stdin: Stdin | None
 
@@ -83,8 +80,5 @@ def _enter(script: Script) -> None:
     if not first:
         process.close_stdin()
     process.as_main_process()
-    handoff = Handoff(
-        run_id=script.run_id, launcher="torchrun", flags=script.flags, pid=os.getpid()
-    )
-    os.environ.update(handoff.to_environ())
+    os.environ.update(replace(script.handoff, pid=os.getpid(), parent=None).to_environ())
     process.share_threads(int(os.environ["LOCAL_WORLD_SIZE"]))

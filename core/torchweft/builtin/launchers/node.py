@@ -38,6 +38,7 @@ class Node:
         # What torchweft's command said stays true in the ranks.
         outer = Handoff.read(os.environ)
         self._flags = dict(outer.flags) if outer else {}
+        self._dry_run = outer is not None and outer.dry_run
         self._folder = Path(tempfile.mkdtemp(prefix="torchweft-"))
         self._socket = socket.create_server((self.address, 0), backlog=max(128, 2 * self.size))
         self.port: int = self._socket.getsockname()[1]
@@ -69,6 +70,7 @@ class Node:
             run_id=self.run_id,
             launcher=self.launcher,
             flags=self._flags,
+            dry_run=self._dry_run,
             pid=pid,
             parent=None if pid is not None else self.supervisor,
         )

@@ -1,0 +1,49 @@
+"""A dry run: everything that a script does, with one batch of every loader."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+__all__ = ["DryRun"]
+
+
+class DryRun:
+    """Cuts loaders to one batch, and ends the run where one of them would start again.
+
+    Args:
+        tells: whether this process says so on stderr.
+    """
+
+    def __init__(self, tells: bool) -> None:
+        self._tells = tells
+        self._count = 0
+
+    def loader(self) -> _OneBatch:
+        """For one loader: what its batches pass through."""
+        self._count += 1
+        return _OneBatch(self)
+
+    def end(self) -> None:
+        """End this process well, as every rank does at this point of its script."""
+        if self._tells:
+            print(
+                f"torchweft: dry run: one batch of each of {self._count} loader(s) went through; "
+                "stopped where the first of them would start again",
+                file=sys.stderr,
+            )
+        sys.exit(0)
+
+
+class _OneBatch:
+    def __init__(self, run: DryRun) -> None:
+        self._run = run
+        self._passed = False
+
+    def __call__(self, batches: Iterable[Any]) -> Iterator[Any]:
+        if self._passed:
+            self._run.end()
+        self._passed = True
+        return islice(batches, 1)
