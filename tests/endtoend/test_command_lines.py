@@ -15,7 +15,8 @@ def train(devices, rate):
     fabric = Fabric(accelerator="cpu", devices=devices, strategy="ddp")
     fabric.launch()
     # In one piece, as lines of two processes may otherwise run into each other.
-    print(f"{fabric.global_rank} {fabric.world_size} {rate}\n", end="", flush=True)
+    line = f"{fabric.global_rank} {fabric.world_size} {rate}"
+    print(line + chr(10), end="", flush=True)
 
 """
 
