@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -21,8 +21,8 @@ class DryRun:
         self._tells = tells
         self._count = 0
 
-    def loader(self) -> _OneBatch:
-        """For one loader: what its batches pass through."""
+    def loader(self) -> Callable[[Callable[[], Iterator[Any]]], Iterator[Any]]:
+        """For one loader: what stands between the start of an iteration and its batches."""
         self._count += 1
         return _OneBatch(self)
 
@@ -42,8 +42,8 @@ class _OneBatch:
         self._run = run
         self._passed = False
 
-    def __call__(self, batches: Iterable[Any]) -> Iterator[Any]:
+    def __call__(self, start: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         if self._passed:
             self._run.end()
         self._passed = True
-        return islice(batches, 1)
+        return islice(start(), 1)

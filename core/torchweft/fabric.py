@@ -7,24 +7,30 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import MethodType, ModuleType
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchweft import worker
+from torchweft.accumulation import Accumulation, Groups
 from torchweft.api import Accelerator, Precision, RankInfo, Run, Strategy
+from torchweft.api.batch import mover
+from torchweft.callbacks import Callbacks
 from torchweft.catalog import Catalog
+from torchweft.dry import DryRun
 from torchweft.errors import InvalidRequest, Misuse
 from torchweft.gathering import gather_data, reduce_data
 from torchweft.given import entry_for, kind_of, sort_plugins
+from torchweft.handoff import Handoff
 from torchweft.manager import Manager
 from torchweft.plan import RunPlan
+from torchweft.progress import Bars
 from torchweft.request import RunRequest
 from torchweft.resolve import resolve
 from torchweft.seed import Streams, seed_everything, seed_of_rank
@@ -32,8 +38,10 @@ from torchweft.setups import Setups, check_can, set_up_module, set_up_optimizer
 
 __all__ = ["Fabric"]
 
+T = TypeVar("T")
+
 #: Attributes of a Fabric that belong to one process.
-_LIVE = ("_manager", "_parts", "_live", "_set_up")
+_LIVE = ("_manager", "_parts", "_live", "_set_up", "_groups", "_dry_run", "_bars")
 
 
 class _OrOfTheClass:
@@ -108,9 +116,11 @@ class Fabric:
             objections=self._manager.objections,
         )
         self._parts = worker.Parts.build(self._plan, self._given)
-        self._callbacks = _listed(callbacks)
+        self._callbacks = Callbacks(_listed(callbacks))
         self._loggers = _listed(loggers)
         self._made_in = os.getpid()
+        handoff = Handoff.read(os.environ)
+        self._is_dry_run = handoff is not None and handoff.dry_run
         self._seed = 0
         self._streams: Streams | None = None
         self._reset()
@@ -120,6 +130,10 @@ class Fabric:
         self._launched = False
         self._plain_backward = False
         self._backward_is_plain = False
+        self._dry_run: DryRun | None = None
+        self._bars = Bars()
+        self._divide_loss_by = 1
+        self._groups = Groups()
         self._backward_open = [False]
         self._set_up: Setups | None = None
 
@@ -365,7 +379,10 @@ class Fabric:
             InvalidRequest: when something else was given.
         """
         setups = self._setups(self._run("setup()"))
-        return setups.setup(module, optimizers, scheduler, move_to_device, _reapply_compile)
+        ready = setups.setup(module, optimizers, scheduler, move_to_device, _reapply_compile)
+        model = ready[0] if isinstance(ready, tuple) else ready
+        self._callbacks.call("on_after_setup", fabric=self, module=model)
+        return ready
 
     def setup_module(
         self, module: nn.Module, move_to_device: bool = True, _reapply_compile: bool = True
@@ -375,7 +392,9 @@ class Fabric:
         Raises ``Misuse`` where the strategy needs both together.
         """
         setups = self._setups(self._run("setup_module()"))
-        return setups.setup_module(module, move_to_device, _reapply_compile)
+        model = setups.setup_module(module, move_to_device, _reapply_compile)
+        self._callbacks.call("on_after_setup", fabric=self, module=model)
+        return model
 
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:
         """Make optimizers ready whose models were set up before; one alone, or a tuple."""
@@ -384,17 +403,26 @@ class Fabric:
 
     def _setups(self, run: Run) -> Setups:
         if self._set_up is None:
-            self._set_up = Setups(run, self._backward_open)
+            self._set_up = Setups(run, self._backward_open, self._callbacks)
             self._plain_backward = self._backward_is_plain
         return self._set_up
 
     def setup_dataloaders(
-        self, *loaders: Any, use_distributed_sampler: bool = True, move_to_device: bool = True
+        self,
+        *loaders: Any,
+        use_distributed_sampler: bool = True,
+        move_to_device: bool = True,
+        duplicates: Literal["keep", "drop", "mask"] = "keep",
     ) -> Any:
         """Make loaders ready: each replica gets its part, batches come on the device.
 
         Returns one loader, or a list in the order given. ``use_distributed_sampler=False`` leaves
         the sampling to you; ``move_to_device=False`` leaves batches where they are made.
+
+        ``duplicates``: samples that are repeated so that all replicas get equally many stay
+        (``"keep"``), or are left out (``"drop"``: each sample once in all; a process may get a
+        smaller last batch, or one batch less), or the loader yields ``(batch, mask)``, the mask
+        false for them (``"mask"``: equally many batches everywhere).
         """
         from torchweft.wrappers.dataloader import wrap_loader
 
@@ -404,14 +432,21 @@ class Fabric:
         strategy = run.strategy
         # What a strategy leaves as it is in the base class costs nothing per batch.
         has_boundary = type(strategy).batch_boundary is not Strategy.batch_boundary
+        move: Callable[[Any], Any] = strategy.move
+        if type(strategy).move is Strategy.move:
+            move = mover(run.device, on_host=run.accelerator.host_memory)
+        if self._is_dry_run and self._dry_run is None:
+            self._dry_run = DryRun(tells=run.rank.rank == 0)
         wrapped = [
             wrap_loader(
                 loader,
                 shard=strategy.shard,
-                move=strategy.move if move_to_device else None,
+                move=move if move_to_device else None,
                 boundary=strategy.batch_boundary if has_boundary else None,
                 use_distributed_sampler=use_distributed_sampler,
+                duplicates=duplicates,
                 seed=self._seed,
+                around=None if self._dry_run is None else self._dry_run.loader(),
             )
             for loader in loaders
         ]
@@ -428,6 +463,8 @@ class Fabric:
             tensor.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
             return
         run = self._run("backward()")
+        if self._divide_loss_by != 1:
+            tensor = tensor / self._divide_loss_by
         if self._set_up is None and run.rank.world_size > 1:
             raise Misuse(
                 "fabric.backward(loss) came before any model was set up, so that every process "
@@ -488,6 +525,55 @@ class Fabric:
         if enabled:
             check_can(run, "no_backward_sync", "leave out the synchronisation of gradients")
         return run.strategy.accumulating(prepared, last=not enabled)
+
+    def accumulate(
+        self,
+        model: Any,
+        *,
+        steps: int,
+        index: int,
+        total: int | Sized | None = None,
+        scale_loss: bool = False,
+    ) -> Accumulation:
+        """Around forward and backward of micro-batch ``index`` (from 0) of groups of ``steps``.
+
+        ::
+
+            for i, (input, target) in enumerate(loader):
+                with fabric.accumulate(model, steps=4, index=i, total=loader) as acc:
+                    fabric.backward(loss_function(model(input), target))
+                if acc.should_step:
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+        Gradients are synchronised in the last of a group alone, where the strategy can leave it
+        out. ``model``: one, or a list of several. ``total``: how many micro-batches there are, or
+        what has that length; it closes a short last group. ``scale_loss``: ``backward`` divides
+        by the number of micro-batches in the group, so that a mean stays a mean.
+
+        Raises ``InvalidRequest`` for numbers that do not fit together, and ``Misuse`` when a group
+        is stepped, emptied or left before its end, as far as that can be seen.
+        """
+        run = self._run("accumulate()")
+        models = model if isinstance(model, list | tuple) else [model]
+        return self._groups.accumulate(
+            run.strategy,
+            [set_up_module(each, "accumulate()").prepared for each in models],
+            steps=steps,
+            index=index,
+            total=total,
+            dividing=self._dividing_loss if scale_loss else None,
+        )
+
+    @contextmanager
+    def _dividing_loss(self, number: int) -> Iterator[None]:
+        # Outside of the block backward() is not to look for a divisor.
+        before = self._plain_backward, self._divide_loss_by
+        self._plain_backward, self._divide_loss_by = False, number
+        try:
+            yield
+        finally:
+            self._plain_backward, self._divide_loss_by = before
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision's context, for computation outside of a model's ``forward``."""
@@ -663,20 +749,26 @@ class Fabric:
 
         return memory_by_rank(self._run("memory()"))
 
+    def track(
+        self, iterable: Iterable[T], description: str = "", total: int | None = None
+    ) -> Iterator[T]:
+        """Yield the items and show on rank 0 how many there were; see ``docs/logging.md``.
+
+        A bar where stderr is a terminal, now and then a line elsewhere. ``total``: how many there
+        will be, where ``len(iterable)`` does not say so.
+        """
+        return self._bars.track(iterable, description, total, show=self.is_global_zero)
+
     # -- callbacks and loggers -------------------------------------------------------------------
 
     def call(self, hook_name: str, *args: Any, **kwargs: Any) -> None:
-        """Call the method of that name on every callback that has one, in order."""
-        for callback in self._callbacks:
-            method = getattr(callback, hook_name, None)
-            if method is None:
-                continue
-            if not callable(method):
-                raise InvalidRequest(
-                    f"fabric.call('{hook_name}'): attribute '{hook_name}' of "
-                    f"{type(callback).__name__} is a {type(method).__name__}, not a method"
-                )
-            method(*args, **kwargs)
+        """Call the method of that name on every callback that has one, in order.
+
+        A method gets those keyword arguments that it names, or all where it has ``**kwargs``.
+        ``setup`` calls ``on_after_setup(fabric=, module=)``, and an optimizer that was set up
+        ``on_after_optimizer_step(strategy=, optimizer=)``.
+        """
+        self._callbacks.call(hook_name, *args, **kwargs)
 
     def log(self, name: str, value: Any, step: int | None = None) -> None:
         """Give one number to every logger, on rank 0."""

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchweft.api import Run
+from torchweft.callbacks import Callbacks
 from torchweft.errors import InvalidRequest, Misuse
 from torchweft.wrappers import FabricModule, FabricOptimizer, wrap_optimizer
 from torchweft.wrappers.module import split_compiled
+from torchweft.wrappers.optimizer import AfterStep
 
 __all__ = ["Setups", "check_can", "set_up_module", "set_up_optimizer"]
 
@@ -23,10 +25,16 @@ class Setups:
     Args:
         run: the live run.
         backward_open: a cell that is true during ``fabric.backward()``.
+        callbacks: heard after every step, where one of them wants to be.
     """
 
-    def __init__(self, run: Run, backward_open: list[bool]) -> None:
+    def __init__(self, run: Run, backward_open: list[bool], callbacks: Callbacks) -> None:
         self._run = run
+        self._after_step: AfterStep | None = None
+        if callbacks.listens("on_after_optimizer_step"):
+            self._after_step = lambda optimizer: callbacks.call(
+                "on_after_optimizer_step", strategy=run.strategy, optimizer=optimizer
+            )
         self._backward_open = backward_open
         # In the order in which they were set up, which decides names in checkpoints.
         self._modules: weakref.WeakKeyDictionary[FabricModule, None] = weakref.WeakKeyDictionary()
@@ -41,7 +49,6 @@ class Setups:
         reapply_compile: bool,
     ) -> Any:
         """``fabric.setup``: what was given, ready, in the same order."""
-        run = self._run
         self._check_module(module, "setup()")
         for optimizer in optimizers:
             self._check_optimizer(optimizer, "setup()")
@@ -49,10 +56,7 @@ class Setups:
         model, prepared = self._prepare(
             module, optimizers, scheduler, move_to_device, reapply_compile
         )
-        wrapped = [
-            wrap_optimizer(optimizer, run.strategy, self._owners(optimizer), run.precision)
-            for optimizer in prepared.optimizers
-        ]
+        wrapped = [self._wrap(optimizer) for optimizer in prepared.optimizers]
         if not wrapped and scheduler is None:
             return model
         return (model, *wrapped, *([] if scheduler is None else [prepared.scheduler]))
@@ -78,9 +82,13 @@ class Setups:
         for optimizer in optimizers:
             ready = run.strategy.setup_optimizer(optimizer)
             self._originals.add(optimizer)
-            owners = self._owners(ready)
-            wrapped.append(wrap_optimizer(ready, run.strategy, owners, run.precision))
+            wrapped.append(self._wrap(ready))
         return tuple(wrapped)
+
+    def _wrap(self, optimizer: Optimizer) -> Any:
+        run = self._run
+        owners = self._owners(optimizer)
+        return wrap_optimizer(optimizer, run.strategy, owners, run.precision, self._after_step)
 
     def _prepare(
         self,

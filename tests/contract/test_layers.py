@@ -12,7 +12,7 @@ from importlinter.api import read_configuration
 
 ROOT = Path(__file__).parents[2]
 #: What a plugin may import of torchweft.
-PUBLIC = {"api", "errors", "hookspecs", "specs", "testing"}
+PUBLIC = {"api", "errors", "hookspecs", "loggers", "specs", "testing"}
 
 
 def lint(folder: Path) -> subprocess.CompletedProcess[str]:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from torchweft.api import map_leaves, move_batch
+from torchweft.api.batch import mover
 
 CPU = torch.device("cpu")
 # A device that every torch has, and whose tensors say where they are.
@@ -393,3 +394,43 @@ class TestMapLeaves:
 
         batch = [Word("a"), torch.Size([1])]
         assert map_leaves(batch, lambda leaf: pytest.fail("not a leaf")) is batch
+
+
+# -- settled once ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("only_place", [True, False])
+def test_a_mover_does_what_move_batch_does(monkeypatch, only_place):
+    there_is = None if only_place else torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: there_is)
+    move = mover(CPU, on_host=True)
+    tensor = torch.ones(2)
+    for batch in (
+        tensor,
+        7,
+        [tensor, (tensor, "a", {"x": [tensor, None]})],
+        {"x": {"y": (tensor, 1.5)}},
+        (),
+        Pair(tensor, [tensor]),
+        [Sample(tensor)],
+        Named("x"),
+    ):
+        assert move(batch) is batch
+    # Whatever moves itself is asked to.
+    graph, boxes = Graph(), Boxes(tensor)
+    batch = [tensor, {"graph": graph, "boxes": (boxes, 1)}]
+    moved = move(batch)
+    assert moved[0] is tensor
+    assert moved[1]["graph"] is graph
+    assert type(moved[1]["boxes"][0]) is Boxes
+    assert moved[1]["boxes"][0] is not boxes
+    assert batch[1]["boxes"][0] is boxes
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+def test_a_mover_to_another_place(monkeypatch, on_host):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: META)
+    batch = {"x": [torch.ones(2)], "y": 1}
+    moved = mover(META, on_host=on_host)(batch)
+    assert moved["x"][0].is_meta
+    assert moved["y"] == 1

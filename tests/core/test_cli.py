@@ -108,7 +108,8 @@ def test_an_unknown_command_names_the_nearest() -> None:
     done = command("plugin")
     assert done.returncode == 2
     assert (
-        "no command is called 'plugin'; did you mean 'plugins'? known: run, plan, plugins, completion, doctor"
+        "no command is called 'plugin'; did you mean 'plugins'? known: run, plan, plugins, "
+        "logs, completion, doctor"
     ) in done.stderr
 
 

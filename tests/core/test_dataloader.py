@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import copy
 import multiprocessing
+import pickle
 import random
 import warnings
 
@@ -18,11 +22,15 @@ from torch.utils.data import (
     SequentialSampler,
     get_worker_info,
 )
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from torchweft.api import DataShard
 from torchweft.data.shard import shard
 from torchweft.errors import InvalidRequest, Misuse
 from torchweft.wrappers.dataloader import FabricDataLoader, wrap_loader
+
+# torchdata calls a function of torch's that torch has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
 
 
 def wrap(loader, replicas=1, first=0, *, move=None, boundary=None, count=1, **options):
@@ -490,3 +498,284 @@ def test_a_batch_sampler_built_by_the_user_is_sharded_in_the_loader():
     assert values(loader) == [[1, 3], [5, 7]]
     assert len(loader) == 2
     assert loader.batch_size is None
+
+
+# -- without duplicates ----------------------------------------------------------------------------
+
+
+def evaluate(make, replicas=2, **options):
+    """What each rank sees, batch by batch: values, and the mask where there is one."""
+    seen = []
+    for first in range(replicas):
+        loader = wrap(make(), replicas, first, **options)
+        rank = [
+            (batch[0].tolist(), batch[1].tolist())
+            if options["duplicates"] == "mask"
+            else batch.tolist()
+            for batch in loader
+        ]
+        assert len(loader) == len(rank)
+        seen.append(rank)
+    return seen
+
+
+def test_every_sample_once():
+    def make():
+        return DataLoader(range(9), batch_size=2)
+
+    assert evaluate(make, duplicates="drop") == [[[0, 2], [4, 6], [8]], [[1, 3], [5, 7]]]
+    assert evaluate(make, duplicates="keep") == [[[0, 2], [4, 6], [8]], [[1, 3], [5, 7], [0]]]
+
+
+@pytest.mark.parametrize(("workers", "persistent"), [(0, False), (2, False), (2, True)])
+def test_a_mask_comes_with_every_batch(workers, persistent):
+    loader = DataLoader(range(9), batch_size=2, num_workers=workers, persistent_workers=persistent)
+    loader = wrap(loader, 2, 1, duplicates="mask")
+    for _ in range(2):
+        got = [(batch.tolist(), mask.tolist()) for batch, mask in loader]
+        assert got == [([1, 3], [True, True]), ([5, 7], [True, True]), ([0], [False])]
+        # One that is left in the middle does not disturb the next.
+        next(iter(loader))
+
+
+def test_masks_of_batches_that_are_dealt_whole():
+    batches = [[0, 1, 2], [3], [4, 5]]
+    seen = evaluate(lambda: DataLoader(range(6), batch_sampler=batches), duplicates="mask")
+    assert seen == [
+        [([0, 1, 2], [True] * 3), ([4, 5], [True] * 2)],
+        [([3], [True]), ([0, 1, 2], [False] * 3)],
+    ]
+    seen = evaluate(lambda: DataLoader(range(6), batch_sampler=batches), duplicates="drop")
+    assert seen == [[[0, 1, 2], [4, 5]], [[3]]]
+
+
+def test_one_replica_has_masks_too():
+    for make in (
+        lambda: DataLoader(range(3), batch_size=2),
+        lambda: DataLoader(range(3), batch_sampler=[[0, 1], [2]]),
+        lambda: DataLoader(shard(SizedNumbers(3)), batch_size=2),
+        lambda: DataLoader(Numbers(3), batch_size=2),
+    ):
+        loader = wrap(make(), duplicates="mask")
+        got = [(batch.tolist(), mask.tolist()) for batch, mask in loader]
+        assert got == [([0, 1], [True, True]), ([2], [True])]
+
+
+def test_the_mask_is_moved_with_the_batch():
+    loader = wrap(DataLoader(range(3), batch_size=4), 2, 1, duplicates="mask", move=list)
+    ((batch, mask),) = loader
+    assert batch.tolist() == [1, 0]
+    assert mask.dtype is torch.bool
+    assert mask.tolist() == [True, False]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_iterable_datasets_without_duplicates(workers):
+    def make():
+        return DataLoader(shard(Numbers(11)), batch_size=2, num_workers=workers)
+
+    def whole(rank):
+        return sorted(index for batch in rank for index in batch)
+
+    dropped = [
+        [batch.tolist() for batch in wrap(make(), 3, first, duplicates="drop")]
+        for first in range(3)
+    ]
+    assert list(map(whole, dropped)) == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8]]
+    masked = [list(wrap(make(), 3, first, duplicates="mask")) for first in range(3)]
+    assert len({len(rank) for rank in masked}) == 1
+    real = [[batch[mask].tolist() for batch, mask in rank] for rank in masked]
+    assert list(map(whole, real)) == list(map(whole, dropped))
+    assert sum(mask.numel() for rank in masked for _, mask in rank) == 12
+
+
+def test_what_cannot_be_without_duplicates():
+    def refused(loader, message, **options):
+        with pytest.raises(InvalidRequest, match=message):
+            wrap(loader, 2, 0, **options)
+
+    refused(
+        DataLoader(range(4)),
+        r"setup_dataloaders\(duplicates='masked'\); did you mean 'mask'\? it is one of 'keep', "
+        "'drop' and 'mask'",
+        duplicates="masked",
+    )
+    refused(
+        DataLoader(range(4)),
+        r"setup_dataloaders\(duplicates=None\); it is one of 'keep', 'drop' and 'mask'",
+        duplicates=None,
+    )
+    refused(
+        DataLoader(range(4)),
+        r"setup_dataloaders\(duplicates='drop', use_distributed_sampler=False\): samples are "
+        "repeated by the sampling that was declined; leave one of the two out",
+        duplicates="drop",
+        use_distributed_sampler=False,
+    )
+    refused(
+        DataLoader(Numbers(4)),
+        "duplicates='drop': every rank sees all samples of the iterable dataset Numbers; divide "
+        r"them first, with torchweft.shard\(dataset\)",
+        duplicates="drop",
+    )
+    refused(
+        DataLoader(range(4), num_workers=1, in_order=False),
+        "duplicates='mask' needs the batches in the order in which they were drawn, and this "
+        "loader has in_order=False; leave that out, or choose duplicates='drop'",
+        duplicates="mask",
+    )
+    refused(
+        DataLoader(shard(Numbers(4)), batch_size=None),
+        "duplicates='mask' marks the samples of a batch, and a loader with batch_size=None has no",
+        duplicates="mask",
+    )
+
+
+def test_a_loader_that_yields_more_than_its_sampler_drew():
+    class Twice(DataLoader):
+        def __iter__(self):
+            for batch in super().__iter__():
+                yield batch
+                yield batch
+
+    loader = wrap(Twice(range(2)), 2, 0, duplicates="mask")
+    message = (
+        "duplicates='mask': the loader yields more batches than its sampler has drawn, so that "
+        "nothing is known of their samples; choose duplicates='drop'"
+    )
+    with pytest.raises(Misuse, match=message):
+        list(loader)
+
+
+# -- loaders with a state --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_stateful_loader_goes_on_where_it_was(workers, first):
+    def make():
+        # A generator of its own, since the processes' own are not alike.
+        loader = StatefulDataLoader(range(21), 2, shuffle=True, num_workers=workers)
+        return wrap(loader, 2, first, move=lambda batch: batch)
+
+    loader = make()
+    list(loader)
+    under_way = iter(loader)
+    done = [next(under_way).tolist() for _ in range(3)]
+    state = pickle.loads(pickle.dumps(loader.state_dict()))
+    rest = [batch.tolist() for batch in under_way]
+    following = values(loader)
+    assert len(done) + len(rest) == len(following) == 6
+
+    resumed = make()
+    resumed.load_state_dict(state)
+    assert values(resumed) == rest
+    assert values(resumed) == following
+
+
+@pytest.mark.parametrize("epochs", [0, 2])
+def test_a_stateful_loader_between_epochs(epochs):
+    def make():
+        return wrap(StatefulDataLoader(range(21), 2, shuffle=True), 2, 0)
+
+    loader = make()
+    for _ in range(epochs):
+        list(loader)
+    state = loader.state_dict()
+    assert state["torchweft_epoch"] == epochs
+    resumed = make()
+    resumed.load_state_dict(state)
+    expected = [values(loader), values(loader)]
+    assert [values(resumed), values(resumed)] == expected
+    assert expected[0] != expected[1]
+
+
+def test_replicas_of_a_stateful_loader_share_the_samples_evenly():
+    loaders = [
+        wrap(StatefulDataLoader(range(7), 2, shuffle=shuffle), 2, first)
+        for shuffle in (False, True)
+        for first in (0, 1)
+    ]
+    assert [values(loader) for loader in loaders[:2]] == [[[0, 2], [4, 6]], [[1, 3], [5, 0]]]
+    assert [loader.batch_size for loader in loaders] == [2] * 4
+    shuffled = [index for loader in loaders[2:] for batch in values(loader) for index in batch]
+    assert set(shuffled) == set(range(7))
+    assert len(shuffled) == 8
+
+
+def test_a_stateful_loader_of_an_iterable_dataset():
+    def make():
+        return wrap(StatefulDataLoader(shard(Numbers(21)), 2), 2, 1)
+
+    loader = make()
+    under_way = iter(loader)
+    next(under_way)
+    state = loader.state_dict()
+    rest = [batch.tolist() for batch in under_way]
+    resumed = make()
+    resumed.load_state_dict(state)
+    assert values(resumed) == rest
+    assert rest[0] == [5, 7]
+
+
+def test_a_state_from_elsewhere_says_nothing_of_an_epoch():
+    plain = StatefulDataLoader(range(8), 2)
+    next(iter(plain))
+    loader = wrap(StatefulDataLoader(range(8), 2))
+    loader.set_epoch(4)
+    loader.load_state_dict(plain.state_dict())
+    assert values(loader) == [[2, 3], [4, 5], [6, 7]]
+
+
+def test_only_a_loader_with_a_state_has_one():
+    loader = wrap(DataLoader(range(4)), 2, 0)
+    assert not hasattr(loader, "state_dict")
+    assert not hasattr(loader, "load_state_dict")
+
+
+def test_masked_batches_cannot_be_resumed():
+    loader = wrap(StatefulDataLoader(range(5), 2), 2, 0, duplicates="mask")
+    message = (
+        "a loader that was set up with duplicates='mask' cannot be resumed in the middle of an "
+        "epoch; leave it out of the state, an evaluation begins anew"
+    )
+    for call in (loader.state_dict, lambda: loader.load_state_dict({})):
+        with pytest.raises(Misuse, match=message):
+            call()
+    assert [(batch.tolist(), mask.tolist()) for batch, mask in loader] == [
+        ([0, 2], [True, True]),
+        ([4], [True]),
+    ]
+
+
+# -- nothing is patched ----------------------------------------------------------------------------
+
+
+def test_torchs_classes_stay_as_they_are():
+    classes = (DataLoader, DistributedSampler, BatchSampler, IterableDataset)
+    before = [dict(vars(cls)) for cls in classes]
+
+    class Failing(DataLoader):
+        def __iter__(self):
+            raise KeyError
+
+    for loader in (DataLoader(range(4)), Failing(range(4)), DataLoader(range(4), sampler=iter(()))):
+        with contextlib.suppress(KeyError, InvalidRequest):
+            next(iter(wrap(loader, 2, 0, duplicates="mask")))
+    assert [dict(vars(cls)) for cls in classes] == before
+
+
+def test_it_can_be_copied():
+    loader = wrap(DataLoader(range(6), batch_size=2, shuffle=True), 2, 0)
+    copied = copy.deepcopy(loader)
+    assert values(copied) == values(loader)
+    assert values(copied) == values(loader)
+    assert pickle.loads(pickle.dumps(loader)).batch_size == 2
+
+
+def test_batches_of_named_collections_keep_their_class():
+    Sample = collections.namedtuple("Sample", ["image", "label"])
+    loader = wrap(DataLoader([Sample(1, 2), Sample(3, 4), Sample(5, 6)], batch_size=2), 2, 0)
+    (batch,) = loader
+    assert type(batch) is Sample
+    assert batch.image.tolist() == [1, 5]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import pickle
 from collections.abc import Mapping
@@ -660,3 +661,35 @@ def test_a_step_of_the_guarded_kind_needs_the_fabric(fabric: Fabric) -> None:
     plain, _ = set_up(fabric)
     loss: Tensor = plain(data).sum()
     loss.backward()
+
+
+def test_callbacks_hear_of_setups_and_steps() -> None:
+    heard: list[Any] = []
+
+    class Listener:
+        def on_after_setup(self, fabric: Any, module: Any) -> None:
+            heard.append(("setup", fabric, module))
+
+        def on_after_optimizer_step(self, optimizer: Any) -> None:
+            heard.append(("step", optimizer))
+
+    fabric = Fabric(accelerator="cpu", callbacks=[Listener(), object()])
+    net = nn.Linear(2, 1)
+    plain = SGD(net.parameters(), lr=0.1)
+    model, optimizer = fabric.setup(net, plain)
+    optimizer.step()
+    copied = copy.deepcopy(optimizer)
+    assert copied.step(lambda: 3) == 3
+    second = fabric.setup_module(nn.Linear(1, 1))
+    assert heard == [
+        ("setup", fabric, model),
+        ("step", plain),
+        ("step", copied.optimizer),
+        ("setup", fabric, second),
+    ]
+
+
+def test_a_loop_is_tracked(capfd: pytest.CaptureFixture[str]) -> None:
+    fabric = Fabric(accelerator="cpu")
+    assert list(fabric.track(range(3), "counting")) == [0, 1, 2]
+    assert "counting" in capfd.readouterr().err

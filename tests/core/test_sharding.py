@@ -25,8 +25,14 @@ from torch.utils.data import (
 
 from torchweft.api import DataShard
 from torchweft.data.epoch import EpochCounter
-from torchweft.data.sampler import ReplicaSampler, ShardedSampler, StackedBatches, shard_samplers
-from torchweft.data.shard import shard
+from torchweft.data.sampler import (
+    MarkedBatches,
+    ReplicaSampler,
+    ShardedSampler,
+    StackedBatches,
+    shard_samplers,
+)
+from torchweft.data.shard import MarkedCollate, Repeated, shard
 from torchweft.data.stream import same_stream
 from torchweft.errors import InvalidRequest, Misuse
 
@@ -39,12 +45,13 @@ def one(replicas, first):
     return DataShard(replicas=replicas, first=first)
 
 
-def deal(make_loader, replicas, *, seed=0, epoch=0):
-    """What each replica's batch sampler gives, from a loader of its own as in real processes."""
+def deal(make_loader, replicas, *, seed=0, epoch=0, count=1, duplicates="keep"):
+    """What each process's batch sampler gives, from a loader of its own as in real processes."""
     dealt = []
-    for first in range(replicas):
+    for first in range(0, replicas, count):
         loader = make_loader()
-        sampler, batch_sampler = shard_samplers(loader, one(replicas, first), seed)
+        share = DataShard(replicas=replicas, first=first, count=count)
+        sampler, batch_sampler = shard_samplers(loader, share, seed, duplicates)
         EpochCounter(sampler, batch_sampler).set(epoch)
         dealt.append(list(sampler if batch_sampler is None else batch_sampler))
         assert len(batch_sampler if batch_sampler is not None else sampler) == len(dealt[-1])
@@ -405,6 +412,143 @@ def test_single_samples_cannot_be_put_together():
         shard_samplers(loader, DataShard(replicas=4, count=4), 0)
 
 
+# -- without duplicates ----------------------------------------------------------------------------
+
+
+def deal_marked(make_loader, replicas, *, seed=0, epoch=0, count=1):
+    """The batches of each process and, beside them, the marks of each."""
+    dealt, marks = [], []
+    for first in range(0, replicas, count):
+        share = DataShard(replicas=replicas, first=first, count=count)
+        sampler, batch_sampler = shard_samplers(make_loader(), share, seed, "mask")
+        drawn = sampler if batch_sampler is None else batch_sampler
+        assert isinstance(drawn, MarkedBatches)
+        EpochCounter(sampler, batch_sampler).set(epoch)
+        dealt.append(list(drawn))
+        marks.append(list(drawn.marks))
+        assert len(drawn) == len(dealt[-1]) == len(marks[-1])
+    return dealt, marks
+
+
+@pytest.mark.parametrize("name", LOADERS)
+@given(
+    size=sizes,
+    processes=st.integers(1, 4),
+    count=st.integers(1, 3),
+    seed=seeds,
+    epoch=st.integers(0, 2),
+)
+def test_dropped_and_masked_are_what_is_kept_without_what_is_repeated(
+    name, size, processes, count, seed, epoch
+):
+    if not size and name != "sequential":
+        return
+    options = {"seed": seed, "epoch": epoch, "count": count}
+    replicas = processes * count
+    kept = deal(lambda: LOADERS[name](size), replicas, **options)
+    dropped = deal(lambda: LOADERS[name](size), replicas, **options, duplicates="drop")
+    masked, marks = deal_marked(lambda: LOADERS[name](size), replicas, **options)
+    # With one replica the user's own sampler draws, from the global stream.
+    if replicas > 1:
+        assert masked == kept
+    assert len({len(batches) for batches in masked}) == 1
+    assert [list(map(len, m)) for m in marks] == [list(map(len, b)) for b in masked]
+    real = [
+        [index for index, mark in zip(flat(b), flat(m), strict=True) if mark]
+        for b, m in zip(masked, marks, strict=True)
+    ]
+    if replicas > 1 and name != "dropping":
+        assert list(map(flat, dropped)) == real
+    if name == "sequential":
+        assert sorted(flat(real)) == list(range(size))
+    elif name in ("shuffled", "batches", "buckets"):
+        everything = sorted(flat(real))
+        assert everything == sorted(set(everything))
+        assert len(everything) == (
+            size
+            if name != "buckets"
+            else sum(map(len, Buckets([index % 4 + 1 for index in range(size)]).batches))
+        )
+    elif name == "dropping":
+        assert all(flat(process) == [True] * len(flat(process)) for process in marks)
+
+
+def test_uneven_final_batches_without_duplicates():
+    def make(**options):
+        return lambda: DataLoader(range(9), batch_size=2, **options)
+
+    assert deal(make(), 2, duplicates="drop") == [[[0, 2], [4, 6], [8]], [[1, 3], [5, 7]]]
+    assert deal_marked(make(), 2) == (
+        [[[0, 2], [4, 6], [8]], [[1, 3], [5, 7], [0]]],
+        [[[True, True], [True, True], [True]], [[True, True], [True, True], [False]]],
+    )
+    assert deal(make(), 4, count=2, duplicates="drop") == [
+        [[0, 4, 1, 5], [8]],
+        [[2, 6, 3, 7]],
+    ]
+    # Whoever leaves out what does not fill a batch repeats nothing.
+    dropping = make(drop_last=True)
+    assert (
+        deal(dropping, 2, duplicates="drop")
+        == deal(dropping, 2)
+        == [
+            [[0, 2], [4, 6]],
+            [[1, 3], [5, 7]],
+        ]
+    )
+
+
+def test_fewer_samples_than_replicas_without_duplicates():
+    loader = DataLoader(range(1), batch_size=2)
+    assert deal(lambda: loader, 3, duplicates="drop") == [[[0]], [], []]
+    assert deal_marked(lambda: loader, 3) == ([[[0]]] * 3, [[[True]], [[False]], [[False]]])
+
+
+def test_single_samples_can_be_dropped_and_not_masked():
+    def make():
+        return DataLoader(range(5), batch_size=None)
+
+    assert deal(make, 2, duplicates="drop") == [[0, 2, 4], [1, 3]]
+    message = (
+        "duplicates='mask' marks the samples of a batch, and a loader with batch_size=None has no "
+        "batches; give it a batch_size, or choose duplicates='drop'"
+    )
+    with pytest.raises(InvalidRequest, match=message):
+        deal_marked(make, 2)
+
+
+def test_batches_that_are_no_lists_are_dealt_as_they_are():
+    slices = [slice(0, 2), slice(2, 4), slice(4, 6)]
+    dealt = deal(lambda: DataLoader(range(6), batch_sampler=slices), 2, duplicates="drop")
+    assert dealt == [[slices[0], slices[2]], [slices[1]]]
+
+
+def test_the_duplicates_of_another_distributed_sampler_are_not_known():
+    for make in (
+        lambda: DataLoader(range(8), sampler=DistributedSampler(range(8), 2, 0)),
+        lambda: DataLoader(range(8), batch_sampler=LibrarySampler(8, 2, 0)),
+    ):
+        for duplicates in ("drop", "mask"):
+            message = (
+                rf"duplicates='{duplicates}' cannot know which samples the loader's \w+Sampler "
+                r"repeats; leave that sampler out \(shuffle=True is enough, setup_dataloaders\(\) "
+                r"shards the data\)"
+            )
+            with pytest.raises(InvalidRequest, match=message):
+                shard_samplers(make(), one(2, 0), 0, duplicates)
+
+
+def test_iterations_under_way_keep_their_marks_apart():
+    _, batches = shard_samplers(DataLoader(range(5), batch_size=2), one(2, 1), 0, "mask")
+    first, second = collections.deque(), collections.deque()
+    batches.marks = first
+    one_ = iter(batches)
+    batches.marks = second
+    two = iter(batches)
+    assert [*one_] == [*two] == [[1, 3], [0]]
+    assert first == second == collections.deque([[True, True], [False]])
+
+
 # -- samplers that are distributed already ---------------------------------------------------------
 
 
@@ -480,6 +624,19 @@ def test_a_sampler_without_a_length_is_an_error(make):
         shard_samplers(make(), one(2, 0), 0)
     loader = make()
     assert shard_samplers(loader, DataShard(), 0) == (loader.sampler, loader.batch_sampler)
+
+
+def test_a_batch_sampler_that_the_loader_made_is_made_again():
+    class Own(BatchSampler):
+        """What a subclass of DataLoader makes from the batch size that it was given."""
+
+    class Loader(DataLoader):
+        def __init__(self, data, batch_size):
+            super().__init__(data, batch_size)
+            batches = Own(self.sampler, batch_size, False)
+            object.__setattr__(self, "batch_sampler", batches)
+
+    assert deal(lambda: Loader(range(7), 2), 2) == [[[0, 2], [4, 6]], [[1, 3], [5, 0]]]
 
 
 # -- epochs ----------------------------------------------------------------------------------------
@@ -594,6 +751,23 @@ def test_setting_the_epoch_of_the_loader():
             counter.set(wrong)
 
 
+def test_the_epoch_to_go_on_with():
+    sampler = ReplicaSampler(range(4), 2, 0)
+    counter = EpochCounter(sampler)
+    assert (counter.current, counter.idle) == (0, True)
+    counter.start()
+    assert (counter.current, counter.idle) == (0, False)
+    counter.end()
+    assert (counter.current, counter.idle) == (1, True)
+    sampler.set_epoch(5)
+    assert counter.current == 5
+    counter.start()
+    assert (counter.current, counter.idle) == (5, False)
+    counter.set(2)
+    assert (counter.current, counter.idle) == (2, True)
+    assert counter.start() == 2
+
+
 def test_a_dealt_sampler_passes_the_epoch_on():
     inner = Told(Told())
     sampler = ShardedSampler(inner, one(2, 0), seed=0, drop_last=False)
@@ -621,10 +795,11 @@ class SizedNumbers(Numbers):
         return self.size
 
 
-def parts_of(size, replicas, count=1):
+def parts_of(size, replicas, count=1, **attributes):
     parts = []
     for first in range(0, replicas, count):
         dataset = shard(SizedNumbers(size))
+        vars(dataset).update(attributes)
         dataset.shard = DataShard(replicas=replicas, first=first, count=count)
         parts.append(list(dataset))
         assert len(dataset) == len(parts[-1])
@@ -646,6 +821,25 @@ def test_several_replicas_of_a_process_take_theirs_in_turn(size, processes, coun
     for number, part in enumerate(parts_of(size, processes * count, count)):
         mine = single[number * count : (number + 1) * count]
         assert part == [sample for round_ in zip(*mine, strict=True) for sample in round_]
+
+
+@given(sizes, st.integers(1, 3), st.integers(1, 3))
+def test_samples_of_an_iterable_dataset_once_in_all(size, processes, count):
+    parts = parts_of(size, processes * count, count, repeat=False)
+    assert sorted(flat(parts)) == list(range(size))
+    marked = parts_of(size, processes * count, count, mark=True)
+    assert len({len(part) for part in marked}) <= 1 or count > 1
+    assert [[s for s in part if not isinstance(s, Repeated)] for part in marked] == parts
+    kept = parts_of(size, processes * count, count)
+    assert [[getattr(s, "sample", s) for s in part] for part in marked] == kept
+
+
+def test_marked_samples_are_collated_with_a_mask():
+    collate = pickle.loads(pickle.dumps(MarkedCollate(torch.tensor)))
+    batch, mask = collate([5, Repeated(6), 7])
+    assert batch.tolist() == [5, 6, 7]
+    assert mask.dtype is torch.bool
+    assert mask.tolist() == [True, False, True]
 
 
 def test_nothing_is_known_of_other_processes_before_setup():

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["map_leaves", "move_batch"]
+__all__ = ["map_leaves", "move_batch", "mover"]
 
 # Leaves that cannot hold a tensor and cannot be moved. Subclasses take the slow way.
 _PLAIN = frozenset({int, float, str, bool, bytes, complex, type(None)})
@@ -96,6 +96,43 @@ def move_batch(batch: Any, device: torch.device) -> Any:
     if kind in _PLAIN:
         return batch
     return _move_other(batch, device)
+
+
+def mover(device: torch.device, *, on_host: bool) -> Callable[[Any], Any]:
+    """``move_batch`` to ``device``, with what can be known beforehand settled once.
+
+    ``on_host``: the device's memory is the host's. Where this torch has no accelerator either,
+    there is no other place for a tensor to be, and a batch of plain tensors is not asked where
+    they are: that alone would be most of what a batch that need not be moved costs.
+    """
+    if on_host and torch.accelerator.current_accelerator() is None:
+        return partial(_move_to_only_place, device=device)
+    return partial(move_batch, device=device)
+
+
+def _move_to_only_place(batch: Any, device: torch.device) -> Any:
+    return batch if _is_plain(batch) else move_batch(batch, device)
+
+
+def _is_plain(data: Any) -> bool:
+    """Whether there is nothing but exact tensors, numbers and strings in exact collections."""
+    kind = type(data)
+    if kind is dict:
+        data = data.values()
+    elif kind is not list and kind is not tuple:
+        return kind is Tensor or kind in _PLAIN
+    for item in data:
+        kind = type(item)
+        if kind is Tensor:
+            continue
+        if kind is tuple or kind is list:
+            # Many batches are lists of pairs: a call for each would be half of the time.
+            for inner in item:
+                if type(inner) is not Tensor and not _is_plain(inner):
+                    return False
+        elif not _is_plain(item):
+            return False
+    return True
 
 
 def _move_other(item: Any, device: torch.device) -> Any:

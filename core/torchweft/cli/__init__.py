@@ -24,6 +24,7 @@ _COMMANDS: Mapping[str, tuple[str, str]] = {
     "run": ("torchweft.cli.run:run", "Run a training script on one or many processes."),
     "plan": ("torchweft.cli.plan:plan", "Show what would be decided for a run, and why."),
     "plugins": ("torchweft.cli.plugins:plugins", "List everything that can be chosen by name."),
+    "logs": ("torchweft.cli.logs:logs", "Show what the loggers of a run wrote."),
     "completion": ("torchweft.cli.completion:completion", "Print the shell's completion script."),
     "doctor": ("torchweft.cli.doctor:doctor", "Look for what is wrong on this computer."),
 }

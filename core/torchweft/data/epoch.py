@@ -41,6 +41,7 @@ class EpochCounter:
         self._parts = parts
         # A sampler that was resumed before its loader was set up starts where it stands.
         self._next = max([0, *(_epoch(part) or 0 for part in self._listeners())])
+        self._running: int | None = None
         self._seen = self._look()
 
     def start(self) -> int:
@@ -50,7 +51,25 @@ class EpochCounter:
             epoch = self._next
         self.set(epoch)
         self._next = epoch + 1
+        self._running = epoch
         return epoch
+
+    def end(self) -> None:
+        """The epoch that began last has been drawn to its end."""
+        self._running = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether no epoch is under way."""
+        return self._running is None
+
+    @property
+    def current(self) -> int:
+        """The epoch to go on with: the one that began and was not ended, or else the next one."""
+        if self._running is not None:
+            return self._running
+        asked = self._asked()
+        return self._next if asked is None else asked
 
     def set(self, epoch: int) -> None:
         """Make ``epoch`` (0 or more) the next one, whatever was asked for before."""
@@ -60,6 +79,7 @@ class EpochCounter:
         for head in heads.values():
             head.set_epoch(epoch)
         self._next = epoch
+        self._running = None
         self._seen = self._look()
 
     def _listeners(self) -> list[Any]:

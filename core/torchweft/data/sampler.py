@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections import deque
+from collections.abc import Iterable, Iterator
+from itertools import zip_longest
+from typing import Any, Literal
 
 from torch.utils.data import (
     BatchSampler,
@@ -19,7 +21,20 @@ from torchweft.data.epoch import HearsEpoch, tell_epoch
 from torchweft.data.stream import same_stream
 from torchweft.errors import InvalidRequest
 
-__all__ = ["ReplicaSampler", "ShardedSampler", "StackedBatches", "shard_samplers"]
+__all__ = [
+    "DUPLICATES",
+    "Duplicates",
+    "MarkedBatches",
+    "ReplicaSampler",
+    "ShardedSampler",
+    "StackedBatches",
+    "no_batches_to_mark",
+    "shard_samplers",
+]
+
+#: What becomes of the samples that are repeated so that all replicas get equally many.
+Duplicates = Literal["keep", "drop", "mask"]
+DUPLICATES = ("keep", "drop", "mask")
 
 
 class ReplicaSampler(HearsEpoch, DistributedSampler[Any]):
@@ -33,7 +48,8 @@ class ShardedSampler(HearsEpoch, Sampler[Any]):
     which is another one in each epoch, and keeps the items of the replicas that it feeds: replica
     ``r`` of ``n`` gets items ``r``, ``r + n``, ``r + 2n``, … as torch's ``DistributedSampler``
     gives them. So that all replicas get equally many, items from the start are repeated, or those
-    at the end are left out under ``drop_last``.
+    at the end are left out under ``drop_last``; ``repeat=False`` does neither, and the first
+    replicas may get one item more than the last ones.
 
     The order depends on ``seed`` and epoch alone, not on the state of a generator that the user
     gave to the sampler.
@@ -44,11 +60,20 @@ class ShardedSampler(HearsEpoch, Sampler[Any]):
         epoch: which epoch is drawn next.
     """
 
-    def __init__(self, sampler: Any, shard: DataShard, *, seed: int, drop_last: bool) -> None:
+    def __init__(
+        self,
+        sampler: Any,
+        shard: DataShard,
+        *,
+        seed: int,
+        drop_last: bool,
+        repeat: bool = True,
+    ) -> None:
         self.sampler = sampler
         self.shard = shard
         self.seed = seed
         self.drop_last = drop_last
+        self.repeat = repeat
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that is drawn next, here and in the sampler that is dealt from."""
@@ -56,34 +81,54 @@ class ShardedSampler(HearsEpoch, Sampler[Any]):
         tell_epoch(self.sampler, epoch)
 
     def parts(self) -> list[list[Any]]:
-        """What each replica of this process gets in this epoch: ``count`` lists, equally long."""
+        """What each replica of this process gets in this epoch: ``count`` lists.
+
+        They are equally long, except under ``repeat=False``.
+        """
+        return [part for part, _ in self.counted_parts()]
+
+    def counted_parts(self) -> list[tuple[list[Any], int]]:
+        """``parts()``, each with how many of its items were not repeated; those come first."""
         with same_stream(self.seed + self.epoch, self.sampler):
             items = list(self.sampler)
         replicas = self.shard.replicas
-        missing = -len(items) % replicas
-        if missing and self.drop_last:
-            del items[len(items) - len(items) % replicas :]
-        elif missing and items:
+        drawn = len(items)
+        if self.drop_last:
+            del items[drawn - drawn % replicas :]
+        elif items and self.repeat:
+            missing = -drawn % replicas
             # Fewer items than replicas: they go round more than once.
-            items += (items * -(-missing // len(items)))[:missing]
-        first = self.shard.first
-        return [items[first + offset :: replicas] for offset in range(self.shard.count)]
+            items += (items * -(-missing // drawn))[:missing]
+        return [
+            (items[replica::replicas], len(range(replica, min(drawn, len(items)), replicas)))
+            for replica in range(self.shard.first, self.shard.first + self.shard.count)
+        ]
+
+    def lengths(self) -> list[int]:
+        """The lengths of ``parts()``."""
+        drawn, replicas = len(self.sampler), self.shard.replicas
+        replica_range = range(self.shard.first, self.shard.first + self.shard.count)
+        if self.drop_last:
+            return [drawn // replicas for _ in replica_range]
+        if self.repeat:
+            return [-(-drawn // replicas) for _ in replica_range]
+        return [len(range(replica, drawn, replicas)) for replica in replica_range]
 
     def __iter__(self) -> Iterator[Any]:
         parts = self.parts()
         if len(parts) == 1:
             return iter(parts[0])
-        return (item for round_ in zip(*parts, strict=True) for item in round_)
+        rounds = zip_longest(*parts, fillvalue=_NOTHING)
+        return (item for round_ in rounds for item in round_ if item is not _NOTHING)
 
     def __len__(self) -> int:
-        drawn = len(self.sampler)
-        replicas = self.shard.replicas
-        each = drawn // replicas if self.drop_last else -(-drawn // replicas)
-        return each * self.shard.count
+        return sum(self.lengths())
 
 
 class StackedBatches(Sampler[list[Any]]):
     """The batches of all replicas that a process feeds, put together to one batch per step.
+
+    Where the replicas' parts are not equally long, a step takes what there still is.
 
     Attributes:
         sampler: deals the replicas' parts.
@@ -97,20 +142,75 @@ class StackedBatches(Sampler[list[Any]]):
         self.drop_last = drop_last
 
     def __iter__(self) -> Iterator[list[Any]]:
-        streams: list[Any] = self.sampler.parts()
-        if self.batch_size is not None:
-            streams = [BatchSampler(part, self.batch_size, self.drop_last) for part in streams]
-        for batches in zip(*streams, strict=True):
-            yield [index for batch in batches for index in batch]
+        for indices, _ in self.marked():
+            yield indices
+
+    def marked(self) -> Iterator[tuple[list[Any], list[bool]]]:
+        """Each batch of indices, and which of them were not repeated."""
+        streams = [self._batches(part, own) for part, own in self.sampler.counted_parts()]
+        for batches in zip_longest(*streams, fillvalue=([], [])):
+            indices = [index for batch, _ in batches for index in batch]
+            yield indices, [mark for _, marks in batches for mark in marks]
+
+    def _batches(self, items: list[Any], own: int) -> Iterator[tuple[list[Any], list[bool]]]:
+        if self.batch_size is None:
+            for number, batch in enumerate(map(list, items)):
+                yield batch, [number < own] * len(batch)
+            return
+        for first in range(0, len(items), self.batch_size):
+            batch = items[first : first + self.batch_size]
+            if len(batch) == self.batch_size or not self.drop_last:
+                real = min(max(own - first, 0), len(batch))
+                yield batch, [True] * real + [False] * (len(batch) - real)
 
     def __len__(self) -> int:
-        each = len(self.sampler) // self.sampler.shard.count
+        longest = max(self.sampler.lengths())
         if self.batch_size is None:
-            return each
-        return each // self.batch_size if self.drop_last else -(-each // self.batch_size)
+            return longest
+        return longest // self.batch_size if self.drop_last else -(-longest // self.batch_size)
 
 
-def shard_samplers(loader: DataLoader[Any], shard: DataShard, seed: int) -> tuple[Any, Any]:
+class MarkedBatches(Sampler[list[Any]]):
+    """The batches of another sampler, noting for each which of its samples were not repeated.
+
+    Attributes:
+        sampler: the batch sampler that is drawn from.
+        batch_size: that sampler's, where it has one.
+        drop_last: that sampler's.
+        marks: where the iteration that begins next leaves its marks, one list for each batch in
+            the order drawn. Given anew for each iteration.
+    """
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
+        self.batch_size = getattr(sampler, "batch_size", None)
+        self.drop_last = bool(getattr(sampler, "drop_last", False))
+        self.marks: deque[list[bool]] = deque()
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        # Looked up now: the next iteration may begin before this one has drawn its last batch.
+        return self._drawn(self.marks)
+
+    def _drawn(self, marks: deque[list[bool]]) -> Iterator[list[Any]]:
+        for indices, mark in self._marked():
+            marks.append(mark)
+            yield indices
+
+    def _marked(self) -> Iterable[tuple[list[Any], list[bool]]]:
+        if isinstance(self.sampler, StackedBatches):
+            return self.sampler.marked()
+        return ((indices, [True] * len(indices)) for indices in map(list, self.sampler))
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+
+_NOTHING = object()
+
+
+def shard_samplers(
+    loader: DataLoader[Any], shard: DataShard, seed: int, duplicates: Duplicates = "keep"
+) -> tuple[Any, Any]:
     """What takes the place of ``loader.sampler`` and ``loader.batch_sampler``.
 
     Sequential and shuffled loaders get torch's ``DistributedSampler``, with the loader's
@@ -119,62 +219,115 @@ def shard_samplers(loader: DataLoader[Any], shard: DataShard, seed: int) -> tupl
     is kept. With one replica everything is kept. Where a process feeds several replicas, the
     batch sampler's batches are theirs put together.
 
+    ``duplicates``: ``"drop"`` repeats nothing; ``"mask"`` gives a ``MarkedBatches``. The samples
+    and their order are the same in both as where duplicates are kept.
+
     Raises:
-        InvalidRequest: a distributed sampler for other replicas, a sampler without a length, or
-            ``batch_size=None`` where batches of several replicas must be put together.
+        InvalidRequest: a distributed sampler for other replicas, a sampler without a length,
+            ``batch_size=None`` where batches of several replicas must be put together or marked,
+            or a distributed sampler of the user's own whose duplicates are to be dropped or
+            marked.
     """
-    sampler: Any = loader.sampler
-    batch_sampler: Any = loader.batch_sampler
-    if batch_sampler is None:
-        if type(sampler) is BatchSampler:
-            # A dataset that takes a list of indices: its batch sampler stands at this place.
-            return _shard_batches(sampler, shard, seed), None
-        if _fits(sampler, shard) or shard.replicas == 1:
-            return sampler, None
-        if shard.count > 1:
-            raise InvalidRequest(
-                f"this process feeds {shard.count} replicas, but a loader with batch_size=None "
-                "has no batches of indices that could be put together for them; give it a "
-                "batch_size, a batch_sampler, or sampler=BatchSampler(...)"
-            )
-        return _shard_indices(sampler, shard, seed, drop_last=False), None
-    if type(batch_sampler) is BatchSampler:
-        new = _shard_batches(batch_sampler, shard, seed)
-        return (sampler if new is batch_sampler else new.sampler), new
-    if _fits(batch_sampler, shard) or shard.replicas == 1:
+    dealer = _Dealer(shard, seed, duplicates)
+    sampler, batch_sampler = dealer.deal(loader)
+    if duplicates != "mask":
         return sampler, batch_sampler
-    _check_length(batch_sampler, shard)
-    dealt = ShardedSampler(
-        batch_sampler, shard, seed=seed, drop_last=bool(getattr(batch_sampler, "drop_last", False))
+    if batch_sampler is not None:
+        return sampler, MarkedBatches(batch_sampler)
+    if isinstance(sampler, BatchSampler | StackedBatches):
+        return MarkedBatches(sampler), None
+    raise no_batches_to_mark()
+
+
+def no_batches_to_mark() -> InvalidRequest:
+    """The error for a loader of single samples."""
+    return InvalidRequest(
+        "duplicates='mask' marks the samples of a batch, and a loader with batch_size=None has no "
+        "batches; give it a batch_size, or choose duplicates='drop'"
     )
-    return sampler, dealt if shard.count == 1 else StackedBatches(dealt, None, False)
 
 
-def _shard_batches(batch_sampler: BatchSampler, shard: DataShard, seed: int) -> Any:
-    sampler = batch_sampler.sampler
-    if _fits(sampler, shard) or shard.replicas == 1:
-        return batch_sampler
-    size, drop_last = batch_sampler.batch_size, batch_sampler.drop_last
-    sharded = _shard_indices(sampler, shard, seed, drop_last)
-    if shard.count == 1:
-        return BatchSampler(sharded, size, drop_last)
-    return StackedBatches(sharded, size, drop_last)
+class _Dealer:
+    """Chooses samplers for the replicas that a process feeds."""
 
+    def __init__(self, shard: DataShard, seed: int, duplicates: Duplicates) -> None:
+        self.shard = shard
+        self.seed = seed
+        self.duplicates = duplicates
+        #: Whether each batch is one replica's and goes without marks, so that torch's class does.
+        self.single = shard.count == 1 and duplicates != "mask"
 
-def _shard_indices(sampler: Any, shard: DataShard, seed: int, drop_last: bool) -> Any:
-    """A ``ShardedSampler``, or torch's own where it gives the same."""
-    _check_length(sampler, shard)
-    shuffle = _plain_shuffle(sampler)
-    if shuffle is None:
-        return ShardedSampler(sampler, shard, seed=seed, drop_last=drop_last)
-    data = sampler.data_source
-    if shard.count == 1:
-        return ReplicaSampler(
-            data, shard.replicas, shard.first, shuffle=shuffle, seed=seed, drop_last=drop_last
+    def deal(self, loader: DataLoader[Any]) -> tuple[Any, Any]:
+        """``sampler`` and ``batch_sampler`` of the loader for the shard."""
+        sampler: Any = loader.sampler
+        batch_sampler: Any = loader.batch_sampler
+        if batch_sampler is None:
+            if type(sampler) is BatchSampler:
+                # A dataset that takes a list of indices: its batch sampler stands at this place.
+                return self._batches(sampler), None
+            if self._stays(sampler):
+                return sampler, None
+            if self.shard.count > 1:
+                raise InvalidRequest(
+                    f"this process feeds {self.shard.count} replicas, but a loader with "
+                    "batch_size=None has no batches of indices that could be put together for "
+                    "them; give it a batch_size, a batch_sampler, or sampler=BatchSampler(...)"
+                )
+            return self._indices(sampler, drop_last=False), None
+        # A loader that was given a batch size made the batch sampler by itself, perhaps one of a
+        # class of its own, and that batch sampler can be made again.
+        if type(batch_sampler) is BatchSampler or (
+            loader.batch_size is not None and isinstance(batch_sampler, BatchSampler)
+        ):
+            new = self._batches(batch_sampler)
+            return (sampler if new is batch_sampler else new.sampler), new
+        if self._stays(batch_sampler):
+            return sampler, batch_sampler
+        drop_last = bool(getattr(batch_sampler, "drop_last", False))
+        dealt = self._sharded(batch_sampler, drop_last)
+        return sampler, dealt if self.single else StackedBatches(dealt, None, False)
+
+    def _batches(self, batch_sampler: BatchSampler) -> Any:
+        sampler = batch_sampler.sampler
+        if self._stays(sampler):
+            return batch_sampler
+        size, drop_last = batch_sampler.batch_size, batch_sampler.drop_last
+        sharded = self._indices(sampler, drop_last)
+        if self.single:
+            return BatchSampler(sharded, size, drop_last)
+        return StackedBatches(sharded, size, drop_last)
+
+    def _indices(self, sampler: Any, drop_last: bool) -> Any:
+        """A ``ShardedSampler``, or torch's own where it gives the same."""
+        _check_length(sampler, self.shard)
+        shuffle = _plain_shuffle(sampler)
+        if shuffle is None:
+            return self._sharded(sampler, drop_last)
+        data, shard, seed = sampler.data_source, self.shard, self.seed
+        if self.single and self.duplicates == "keep":
+            return ReplicaSampler(
+                data, shard.replicas, shard.first, shuffle=shuffle, seed=seed, drop_last=drop_last
+            )
+        # Drawn once, not once per replica.
+        return self._sharded(ReplicaSampler(data, 1, 0, shuffle=shuffle, seed=seed), drop_last)
+
+    def _sharded(self, sampler: Any, drop_last: bool) -> ShardedSampler:
+        _check_length(sampler, self.shard)
+        repeat = self.duplicates != "drop"
+        return ShardedSampler(
+            sampler, self.shard, seed=self.seed, drop_last=drop_last, repeat=repeat
         )
-    # Drawn once, not once per replica.
-    order = ReplicaSampler(data, 1, 0, shuffle=shuffle, seed=seed)
-    return ShardedSampler(order, shard, seed=seed, drop_last=drop_last)
+
+    def _stays(self, sampler: Any) -> bool:
+        """Whether nothing has to be dealt: one replica, or a distributed sampler that fits."""
+        fits = _fits(sampler, self.shard)
+        if fits and self.shard.replicas > 1 and self.duplicates != "keep":
+            raise InvalidRequest(
+                f"duplicates='{self.duplicates}' cannot know which samples the loader's "
+                f"{type(sampler).__name__} repeats; leave that sampler out (shuffle=True is "
+                "enough, setup_dataloaders() shards the data)"
+            )
+        return fits or self.shard.replicas == 1
 
 
 def _plain_shuffle(sampler: Any) -> bool | None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from torchweft.api import DataShard
 from torchweft.errors import InvalidRequest, Misuse
 
-__all__ = ["ShardedDataset", "shard"]
+__all__ = ["MarkedCollate", "Repeated", "ShardedDataset", "shard"]
 
 
 def shard(dataset: IterableDataset[Any]) -> ShardedDataset:
@@ -28,7 +30,8 @@ def shard(dataset: IterableDataset[Any]) -> ShardedDataset:
     expensive about it belongs into ``collate_fn``, or the dataset should divide its files itself.
 
     All replicas get equally many samples, so that none waits for another in vain: where the last
-    round does not reach round, its samples are repeated.
+    round does not reach round, its samples are repeated. ``setup_dataloaders(duplicates=)`` leaves
+    those out, or marks them.
 
     ``setup_dataloaders`` tells the dataset which replica it serves. Before that, or in a loader
     that is not set up, nothing is known of other processes: all samples are passed, divided among
@@ -54,11 +57,15 @@ class ShardedDataset(IterableDataset[Any]):
     Attributes:
         dataset: the whole dataset.
         shard: the replicas that this process feeds; set when the loader is set up.
+        repeat: whether samples are repeated, so that all replicas get equally many.
+        mark: whether those that are come as ``Repeated``.
     """
 
     def __init__(self, dataset: IterableDataset[Any]) -> None:
         self.dataset = dataset
         self.shard = DataShard()
+        self.repeat = True
+        self.mark = False
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
@@ -71,7 +78,11 @@ class ShardedDataset(IterableDataset[Any]):
         while round_ := list(islice(samples, self.shard.replicas)):
             if number % workers == mine:
                 for replica in range(first, end):
-                    yield round_[replica % len(round_)]
+                    if replica < len(round_):
+                        yield round_[replica]
+                    elif self.repeat:
+                        sample = round_[replica % len(round_)]
+                        yield Repeated(sample) if self.mark else sample
             number += 1
 
     def __getattr__(self, name: str) -> Any:
@@ -85,4 +96,30 @@ class _SizedShardedDataset(ShardedDataset):
 
     def __len__(self) -> int:
         samples: Any = self.dataset
-        return -(-len(samples) // self.shard.replicas) * self.shard.count
+        replicas, first, count = self.shard.replicas, self.shard.first, self.shard.count
+        if self.repeat:
+            return -(-len(samples) // replicas) * count
+        return sum(len(range(r, len(samples), replicas)) for r in range(first, first + count))
+
+
+@dataclass(frozen=True, slots=True)
+class Repeated:
+    """A sample that another replica has too."""
+
+    sample: Any
+
+
+class MarkedCollate:
+    """A ``collate_fn`` that returns the batch and which of its samples were not ``Repeated``.
+
+    Here rather than in the loader: the marks of what workers fetched come with the batch.
+    """
+
+    def __init__(self, collate: Callable[[Any], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: list[Any]) -> tuple[Any, torch.Tensor]:
+        """The batch, and a boolean tensor of shape ``(samples,)``."""
+        real = [not isinstance(sample, Repeated) for sample in samples]
+        plain = [s.sample if isinstance(s, Repeated) else s for s in samples]
+        return self.collate(plain), torch.tensor(real)

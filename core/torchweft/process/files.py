@@ -50,8 +50,10 @@ def close_files() -> None:
     kinds = (io.IOBase, getattr(sys.modules.get("tempfile"), "_TemporaryFileWrapper", io.IOBase))
     found = [file for file in gc.get_objects() if issubclass(type(file), kinds)]
     _flush([file for file in found if type(file) in _TEXT])
+    # A notebook's standard streams write something of their own where they are closed.
+    standard = {id(stream) for stream in (sys.stdin, sys.stdout, sys.stderr)}
     for file in found:
-        if type(file).__module__ not in ("io", "_io"):
+        if type(file).__module__ not in ("io", "_io") and id(file) not in standard:
             with contextlib.suppress(Exception):
                 file.close()
     _flush(found)

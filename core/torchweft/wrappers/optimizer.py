@@ -11,7 +11,9 @@ from torch.optim import Optimizer
 
 from torchweft.api import Precision, Strategy
 
-__all__ = ["FabricOptimizer", "wrap_optimizer"]
+__all__ = ["AfterStep", "FabricOptimizer", "wrap_optimizer"]
+
+AfterStep = Callable[[Optimizer], None]
 
 
 class FabricOptimizer:
@@ -27,7 +29,7 @@ class FabricOptimizer:
 
     optimizer: Optimizer
     modules: list[nn.Module]
-    __made_by: tuple[Strategy, Precision | None]
+    __made_by: tuple[Strategy, Precision | None, AfterStep | None]
     __step: Callable[..., Any] | None
     __zero_grad: Callable[..., Any] | None
 
@@ -88,8 +90,8 @@ class FabricOptimizer:
         inside = copy.deepcopy(self.optimizer, memo)
         # Copied together with its model, it steps the copy of the model.
         modules = [memo.get(id(module), module) for module in self.modules]
-        strategy, precision = self.__made_by
-        return wrap_optimizer(inside, strategy, modules, precision)
+        strategy, precision, after_step = self.__made_by
+        return wrap_optimizer(inside, strategy, modules, precision, after_step)
 
     @classmethod
     def _of(
@@ -98,16 +100,18 @@ class FabricOptimizer:
         strategy: Strategy,
         modules: list[nn.Module],
         precision: Precision | None,
+        after_step: AfterStep | None,
     ) -> Any:
         # Not made by the constructor: a subclass may take any arguments.
         wrapped = object.__new__(cls)
         own = wrapped.__dict__
         own["optimizer"] = optimizer
         own["modules"] = modules
-        own["_FabricOptimizer__made_by"] = (strategy, precision)
+        own["_FabricOptimizer__made_by"] = (strategy, precision, after_step)
         # Looked up once, and what nobody overrides is left out: a step consists of few calls, and
         # each one more can be measured.
-        own["_FabricOptimizer__step"] = _unless_plain(strategy, precision, "step")
+        step = _unless_plain(strategy, precision, "step")
+        own["_FabricOptimizer__step"] = step if after_step is None else _followed(step, after_step)
         own["_FabricOptimizer__zero_grad"] = _unless_plain(strategy, precision, "zero_grad")
         return wrapped
 
@@ -123,6 +127,18 @@ def _unless_plain(
     return None
 
 
+def _followed(step: Callable[..., Any] | None, after_step: AfterStep) -> Callable[..., Any]:
+    def stepping(optimizer: Optimizer, closure: Callable[[], Any] | None) -> Any:
+        if step is not None:
+            result = step(optimizer, closure)
+        else:
+            result = optimizer.step() if closure is None else optimizer.step(closure)
+        after_step(optimizer)
+        return result
+
+    return stepping
+
+
 def _itself(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
@@ -132,17 +148,19 @@ def wrap_optimizer(
     strategy: Strategy,
     modules: Sequence[nn.Module],
     precision: Precision | None = None,
+    after_step: AfterStep | None = None,
 ) -> Any:
     """A ``FabricOptimizer`` that is also an instance of the optimizer's class.
 
     ``precision``: the one that ``strategy`` started with; None asks the strategy in every step.
+    ``after_step``: called with the optimizer after every step.
     """
     cls = type(optimizer)
     members = {name: _forwarded(name) for name in _data_of(optimizer)}
     wrapped_class: Any = type(
         f"Fabric{cls.__name__}", (FabricOptimizer, cls), {**members, "__doc__": cls.__doc__}
     )
-    return wrapped_class._of(optimizer, strategy, list(modules), precision)
+    return wrapped_class._of(optimizer, strategy, list(modules), precision, after_step)
 
 
 def _data_of(optimizer: Optimizer) -> set[str]:
