@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import torchweft.errors
 from torchweft import Fabric, TorchweftError, shard
 from torchweft.api import Precision
+from torchweft.loggers import CSVLogger
 
 PAGE = (Path(__file__).parents[2] / "docs" / "errors.md").read_text(encoding="utf-8")
 
@@ -35,7 +36,7 @@ class Callback:
 @pytest.fixture
 def names(tmp_path: Path) -> dict[str, Any]:
     """What the page says that its names are."""
-    fabric = Fabric(accelerator="cpu", callbacks=[Callback()])
+    fabric = Fabric(accelerator="cpu", callbacks=[Callback()], loggers=CSVLogger(tmp_path))
     model = nn.Linear(2, 1)
     inside = nn.Linear(2, 1)
     ready, trainer = fabric.setup(inside, torch.optim.SGD(inside.parameters(), lr=0.1))
