@@ -138,7 +138,7 @@ def test_devices(value: Any, devices: Any) -> None:
             0,
             (
                 "devices=0 asks for 0 devices; it takes 1 or more, or -1 ('all') for all that "
-                "there are"
+                "an accelerator counts"
             ),
         ),
         ("0", "devices='0' asks for 0 devices; it takes 1 or more"),
