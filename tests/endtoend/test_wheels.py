@@ -147,7 +147,8 @@ def test_every_dependency_of_the_core_is_declared(built):
 
 def test_extras(built):
     found = metadata(built, "torchweft")
-    assert set(found.provides_extra) == {"cuda", "xla", "deepspeed", "all", "examples", "dev"}
+    named = {"cuda", "xla", "deepspeed", "all", "logs", "examples", "dev"}
+    assert set(found.provides_extra) == named
     extras = {
         extra: {
             r.name
@@ -160,7 +161,15 @@ def test_extras(built):
     assert extras["xla"] == {"torchweft-xla"}
     assert extras["deepspeed"] == {"torchweft-deepspeed"}
     assert extras["all"] >= extras["cuda"]
-    assert extras["examples"] == {"scikit-learn"}
+    assert extras["logs"] == {"tensorboard", "matplotlib", "plotext"}
+    assert extras["examples"] == {
+        "scikit-learn",
+        "gymnasium",
+        "torchmetrics",
+        "nbclient",
+        "ipykernel",
+    }
+    assert extras["dev"] >= extras["logs"] | extras["examples"]
     assert extras["dev"] >= {"pytest", "mypy", "ruff", "build", "hatchling", "scikit-learn"}
 
 
