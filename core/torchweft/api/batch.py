@@ -127,8 +127,10 @@ def _is_plain(data: Any) -> bool:
             continue
         if kind is tuple or kind is list:
             # Many batches are lists of pairs: a call for each would be half of the time.
-            if len(item) == 2 and type(item[0]) is type(item[1]) is Tensor:
-                continue
+            if len(item) == 2:
+                first, second = item
+                if type(first) is Tensor and type(second) is Tensor:
+                    continue
             for inner in item:
                 if type(inner) is not Tensor and not _is_plain(inner):
                     return False
