@@ -413,6 +413,7 @@ class Fabric:
         use_distributed_sampler: bool = True,
         move_to_device: bool = True,
         duplicates: Literal["keep", "drop", "mask"] = "keep",
+        replace_sampler: bool | None = None,
     ) -> Any:
         """Make loaders ready: each replica gets its part, batches come on the device.
 
@@ -423,12 +424,16 @@ class Fabric:
         (``"keep"``), or are left out (``"drop"``: each sample once in all; a process may get a
         smaller last batch, or one batch less), or the loader yields ``(batch, mask)``, the mask
         false for them (``"mask"``: equally many batches everywhere).
+
+        ``replace_sampler`` is the older name of ``use_distributed_sampler``.
         """
         from torchweft.wrappers.dataloader import wrap_loader
 
         run = self._run("setup_dataloaders()")
         if not loaders:
             raise InvalidRequest("fabric.setup_dataloaders() was called without a loader")
+        if replace_sampler is not None:
+            use_distributed_sampler = replace_sampler
         strategy = run.strategy
         # What a strategy leaves as it is in the base class costs nothing per batch.
         has_boundary = type(strategy).batch_boundary is not Strategy.batch_boundary

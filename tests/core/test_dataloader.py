@@ -24,6 +24,7 @@ from torch.utils.data import (
 )
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from torchweft import Fabric
 from torchweft.api import DataShard
 from torchweft.data.shard import shard
 from torchweft.errors import InvalidRequest, Misuse
@@ -779,3 +780,11 @@ def test_batches_of_named_collections_keep_their_class():
     (batch,) = loader
     assert type(batch) is Sample
     assert batch.image.tolist() == [1, 5]
+
+
+def test_the_older_name_of_an_argument_is_taken() -> None:
+    fabric = Fabric(accelerator="cpu")
+    loader = DataLoader(Numbers(4))
+    with pytest.raises(InvalidRequest, match="use_distributed_sampler=False"):
+        fabric.setup_dataloaders(loader, replace_sampler=False, duplicates="drop")
+    assert len(fabric.setup_dataloaders(loader, replace_sampler=True)) == 4

@@ -23,7 +23,7 @@ ROWS = re.findall(r"^\| (`.*|a subclass.*) \| (.*) \|$", PAGE, re.MULTILINE)
 SNIPPETS = [snippet for _, ours in ROWS for snippet in re.findall(r"`([^`]+)`", ours)]
 
 #: Words that are no statements by themselves.
-WORDS = {"should_step", "torchweft run", "stack=True", "use_distributed_sampler=False"}
+WORDS = {"should_step", "torchweft run", "stack=True"}
 
 COMMANDS = [snippet for snippet in SNIPPETS if snippet.startswith("torchweft run ")]
 

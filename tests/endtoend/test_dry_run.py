@@ -29,6 +29,6 @@ def test_a_dry_run(way: str, run, tmp_path: Path) -> None:
     assert result.lines == ["step 0", f"validated 0 {batches}"]
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["epoch"] == 0
     assert result.err == (
-        "torchweft: dry run: one batch of each of 2 loader(s) went through; stopped where the "
-        "first of them would start again\n"
+        "torchweft: dry run: a batch went through of 2 of the 3 loader(s) set up; stopped where "
+        "one of them would start again\n"
     )

@@ -16,6 +16,8 @@ def train(fabric, folder):
     data = TensorDataset(torch.ones(40, 2), torch.zeros(40, 1))
     loader = fabric.setup_dataloaders(DataLoader(data, batch_size=2, num_workers=1))
     held_out = fabric.setup_dataloaders(DataLoader(data, batch_size=4))
+    # For after the last epoch, which a dry run does not reach.
+    fabric.setup_dataloaders(DataLoader(data))
     for epoch in range(100):
         for inputs, target in loader:
             optimizer.zero_grad()
