@@ -784,7 +784,7 @@ def test_batches_of_named_collections_keep_their_class():
 
 def test_the_older_name_of_an_argument_is_taken() -> None:
     fabric = Fabric(accelerator="cpu")
-    loader = DataLoader(Numbers(4))
+    loader = DataLoader(range(4))
     with pytest.raises(InvalidRequest, match="use_distributed_sampler=False"):
         fabric.setup_dataloaders(loader, replace_sampler=False, duplicates="drop")
     assert len(fabric.setup_dataloaders(loader, replace_sampler=True)) == 4
