@@ -511,6 +511,8 @@ class Fabric:
         prepared = set_up_module(module, "clip_gradients()").prepared
         if clip_val is not None:
             check_can(run, "clip_by_value", "clip gradients by value (clip_val)")
+        else:
+            check_can(run, "clip_by_norm", "clip gradients by their norm (max_norm)")
         if error_if_nonfinite is None:
             error_if_nonfinite = run.accelerator.host_memory and not run.precision.scales_loss
         run.precision.unscale(inside)

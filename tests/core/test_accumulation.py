@@ -30,7 +30,7 @@ class Noting(Strategy):
     processes = "one"
 
     def __init__(self, **cannot: str) -> None:
-        self.cannot = cannot  # type: ignore[misc]
+        self.cannot = cannot
         self.told: list[Any] = []
 
     @contextmanager

@@ -28,7 +28,7 @@ class Lame(Strategy):
     processes = "one"
 
     def __init__(self, **cannot: str) -> None:
-        self.cannot = cannot  # type: ignore[misc]
+        self.cannot = cannot
 
 
 @pytest.fixture

@@ -8,11 +8,12 @@ from torchweft.api.launcher import Launcher
 from torchweft.api.place import Place
 from torchweft.api.precision import Autocast, Precision
 from torchweft.api.run import Run
-from torchweft.api.strategy import DataShard, Prepared, Strategy
+from torchweft.api.strategy import CAPABILITIES, DataShard, Prepared, Strategy
 from torchweft.plan import RunPlan
 from torchweft.rank import RankInfo, Rendezvous
 
 __all__ = [
+    "CAPABILITIES",
     "Accelerator",
     "Alone",
     "Autocast",

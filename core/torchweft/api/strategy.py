@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,7 +23,24 @@ from torchweft.api.state import (
     named_optimizer_state,
 )
 
-__all__ = ["DataShard", "Prepared", "Strategy", "default_dtype"]
+__all__ = ["CAPABILITIES", "DataShard", "Prepared", "Strategy", "default_dtype"]
+
+
+#: What a strategy may declare in ``cannot``, and what each means. All but the last four are
+#: refused with the strategy's reason where a user asks for them.
+CAPABILITIES: Mapping[str, str] = MappingProxyType(
+    {
+        "setup_apart": "module and optimizer are set up in separate calls",
+        "clip_by_norm": "gradients are clipped by their global norm",
+        "clip_by_value": "gradients are clipped by value",
+        "no_backward_sync": "gradients of a micro-batch are not synchronised",
+        "several_modules": "more than one model is set up",
+        "unused_parameters": "parameters take no part in a loss, in some processes or in all",
+        "frozen_parameters": "parameters of the model do not train",
+        "shared_parameters": "a parameter has several names in the model",
+        "differing_modules": "models that differ between the processes become that of rank 0",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,10 +118,9 @@ class Strategy:
     #: Whether ``loss.backward()`` in place of ``fabric.backward(loss)`` would be wrong.
     owns_backward: ClassVar[bool] = False
 
-    #: What it cannot do, by capability, each with its reason. Capabilities are:
-    #: ``"setup_apart"`` (module and optimizer in separate calls), ``"clip_by_value"``,
-    #: ``"no_backward_sync"``, ``"several_modules"``.
-    cannot: ClassVar[Mapping[str, str]] = {}
+    #: What it cannot do, by a capability of ``CAPABILITIES``, each with its reason and the way
+    #: out. The constructor may set it where options decide.
+    cannot: Mapping[str, str] = MappingProxyType({})
 
     place: Place
 

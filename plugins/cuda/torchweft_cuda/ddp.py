@@ -40,6 +40,11 @@ class DDPStrategy(Strategy):
     Args:
         gradient_as_bucket_view: gradients share memory with the buckets that are sent; on by
             default, it saves a copy and the memory of all gradients.
+        bucket_cap_mb_list: MiB of each bucket, in their order; of newer versions of torch.
+        batched_grad_copy: gradients are copied to a bucket together, when it is complete; of newer
+            versions of torch.
+        forward_sync_buffers: rank 0's buffers are sent at every ``forward``; from torch 2.13 on it
+            takes the place of ``broadcast_buffers``.
         process_group_backend: name of the ``torch.distributed`` backend; None: the accelerator's.
         timeout: seconds that a collective may take before the run is given up.
         ddp_comm_state: state for ``ddp_comm_hook``.
@@ -88,6 +93,11 @@ class DDPStrategy(Strategy):
         self._backend = process_group_backend
         self._timeout = timeout
         self._comm_hook = (ddp_comm_state, ddp_comm_hook)
+        if not find_unused_parameters:
+            self.cannot = {
+                "unused_parameters": "DistributedDataParallel waits for the gradient of every "
+                "parameter; write strategy='ddp:find_unused_parameters=true'"
+            }
 
     def _check_keywords(self) -> None:
         known = inspect.signature(DistributedDataParallel).parameters

@@ -27,7 +27,7 @@ from torchweft.builtin.launchers.supervisor import Supervisor, ToldToEnd
 from torchweft.errors import Misuse, RankFailed
 from torchweft.failures import signal_name
 
-__all__ = ["Fork", "ForkServer", "Spawn"]
+__all__ = ["Fork", "ForkServer", "Spawn", "enter_rank", "guard_served_rank"]
 
 
 class _FunctionLauncher(Launcher):
@@ -76,8 +76,12 @@ class _FunctionLauncher(Launcher):
                 self._start(plan, node, supervisor, function, arguments, sender, fork_hazard)
             node.serve()
             results = Results(receiver)
-            supervisor.wait(results.idle)
+            supervisor.wait(self._meanwhile(results, node))
             return results.take()
+
+    def _meanwhile(self, results: Results, node: Node) -> Callable[[float], None]:
+        """What is done between two looks at the ranks."""
+        return results.idle
 
     def _start(
         self,
@@ -151,7 +155,7 @@ class Spawn(_FunctionLauncher):
         self._prepare(context, plan)
         for rank in range(node.size):
             child = context.Process(
-                target=self._enter,
+                target=self._entrance(),
                 args=(node.environ(rank), method, call, sender if rank == 0 else None),
                 name=f"rank {rank}",
             )
@@ -161,6 +165,10 @@ class Spawn(_FunctionLauncher):
     def _prepare(self, context: Any, plan: RunPlan) -> None:
         """What is done once before the first child."""
 
+    def _entrance(self) -> Callable[..., NoReturn]:
+        """What a child calls first; it has to be picklable."""
+        return self._enter
+
     @staticmethod
     def _enter(
         environ: dict[str, str],
@@ -169,7 +177,7 @@ class Spawn(_FunctionLauncher):
         sender: Connection[Any, Any] | None,
     ) -> NoReturn:
         process.die_with_parent(_parent().pid)
-        _enter_rank(environ, method, call, sender)
+        enter_rank(environ, method, call, sender)
 
 
 class ForkServer(Spawn):
@@ -187,12 +195,17 @@ class ForkServer(Spawn):
         call: Path,
         sender: Connection[Any, Any] | None,
     ) -> NoReturn:
-        # The parent is the fork server, which lives for as long as any of its processes.
-        process.die_with_parent(os.getppid())
-        code = process.fork_guarded(supervisor=_parent().sentinel)
-        if code is not None:
-            process.end_like(code)
-        _enter_rank(environ, method, call, sender)
+        guard_served_rank()
+        enter_rank(environ, method, call, sender)
+
+
+def guard_served_rank() -> None:
+    """In a child of the fork server: become a rank that ends when its supervisor does."""
+    # The parent is the fork server, which lives for as long as any of its processes.
+    process.die_with_parent(os.getppid())
+    code = process.fork_guarded(supervisor=_parent().sentinel)
+    if code is not None:
+        process.end_like(code)
 
 
 def _parent() -> Any:
@@ -200,7 +213,7 @@ def _parent() -> Any:
     return multiprocessing.parent_process()
 
 
-def _enter_rank(
+def enter_rank(
     environ: dict[str, str],
     method: str | None,
     call: Path,

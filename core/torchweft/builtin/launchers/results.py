@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 from torchweft.errors import TorchweftError
 
-__all__ = ["Results", "send_result"]
+__all__ = ["Results", "pack_result", "send_result"]
 
 #: Bytes that tell how many follow.
 _HEADER = 8
@@ -71,7 +71,7 @@ def send_result(result: Any, sender: Connection[Any, Any]) -> None:
 
     Raises ``TorchweftError``, which names the type, when it cannot be pickled.
     """
-    data = _pack(result)
+    data = pack_result(result)
     descriptor = sender.fileno()
     for part in (len(data).to_bytes(_HEADER, "big"), data):
         rest = memoryview(part)
@@ -105,14 +105,15 @@ def _alone(tensor: Tensor) -> Tensor:
     return alone.requires_grad_() if leaf else alone
 
 
-def _pack(result: Any) -> bytes:
+def pack_result(result: Any, rank: int = 0) -> bytes:
+    """What ``rank`` returned, pickled, with its tensors on the CPU. Raises as ``send_result``."""
     buffer = io.BytesIO()
     try:
         _OnCpu(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(result)
     except Exception as error:
         kind = f"{type(result).__module__}.{type(result).__qualname__}"
         raise TorchweftError(
-            f"the function given to fabric.launch() returned a {kind} in rank 0, which cannot be "
+            f"the function given to fabric.launch() returned a {kind} in rank {rank}, which cannot be "
             f"pickled and so not be brought back: {error}; return tensors, numbers or a "
             "state_dict() instead"
         ) from error

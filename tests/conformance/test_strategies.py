@@ -1,0 +1,17 @@
+"""Every strategy of the core and of torchweft-cuda is right."""
+
+from __future__ import annotations
+
+from torchweft.testing import StrategyConformance
+
+
+class TestSingleDevice(StrategyConformance):
+    strategy = "single_device"
+
+
+class TestDDP(StrategyConformance):
+    strategy = "ddp"
+
+
+class TestDDPThatLooksForUnusedParameters(StrategyConformance):
+    strategy = "ddp:find_unused_parameters=true"
