@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from torchweft import hookspecs
+from torchweft import __version__, hookspecs
 from torchweft.discovery import Found, discover
 from torchweft.errors import BrokenPlugin, InvalidRequest, TorchweftError, did_you_mean
 from torchweft.faults import faults
@@ -27,7 +28,7 @@ from torchweft.specs import (
 if TYPE_CHECKING:
     from torchweft.plan import RunPlan
 
-__all__ = ["Declared", "Manager"]
+__all__ = ["Declared", "HookCall", "Manager"]
 
 _DECLARING: Mapping[str, type[Spec]] = {
     "torchweft_accelerators": AcceleratorSpec,
@@ -42,6 +43,8 @@ _HOOKS = tuple(name for name in hookspecs.__all__ if name.startswith("torchweft_
 _NOTHING = {"torchweft_worker_context": "contextlib.nullcontext()"}
 
 _DISABLE = "TORCHWEFT_DISABLE_PLUGINS"
+
+_NEWER = "if the plugin is made for a newer torchweft, upgrade torchweft"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,22 +80,47 @@ class Declared:
         return f"plugin '{self.plugin}' ({self.provider}) failed to load: {self.error}"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HookCall:
+    """A call of one plugin's hook, once it has ended.
+
+    Attributes:
+        hook: its name.
+        plugin: whose implementation was called.
+        provider: ``"distribution version"`` of that plugin.
+        arguments: all that the hook has, also those that the implementation does not take.
+        result: what it returned; None when it raised.
+        error: what it raised.
+    """
+
+    hook: str
+    plugin: str
+    provider: str
+    arguments: Mapping[str, Any]
+    result: Any = None
+    error: BaseException | None = None
+
+
 class Manager:
     """The plugins of one ``Fabric`` or one command. Never shared, never global.
 
     ``environ`` is read for ``TORCHWEFT_DISABLE_PLUGINS`` (names separated by commas) and
     ``TORCHWEFT_TRACE`` (``1`` prints every hook call to stderr). Raises ``InvalidRequest`` for a
-    value that cannot be used.
+    value that cannot be used. ``listener`` is told of every call of a hook, in their order.
 
     Attributes:
         declared: every plugin that was added, in that order, also those that failed.
     """
 
-    def __init__(self, environ: Mapping[str, str]) -> None:
+    def __init__(
+        self, environ: Mapping[str, str], listener: Callable[[HookCall], None] | None = None
+    ) -> None:
         self._pluggy = pluggy.PluginManager(hookspecs.NAME)
         self._pluggy.add_hookspecs(hookspecs)
         self.declared: list[Declared] = []
         self._modules: list[tuple[ModuleType, Found]] = []
+        #: By pluggy's name of a plugin.
+        self._owners: dict[str, Found] = {}
         disabled = environ.get(_DISABLE, "")
         self._blocked = frozenset(name.strip() for name in disabled.split(",") if name.strip())
         for name in self._blocked:
@@ -100,15 +128,19 @@ class Manager:
         if _flag(environ, "TORCHWEFT_TRACE"):
             self._pluggy.trace.root.setwriter(sys.stderr.write)
             self._pluggy.enable_tracing()
+        if listener is not None:
+            self._call_back(listener)
 
     @classmethod
-    def from_entry_points(cls, environ: Mapping[str, str]) -> Manager:
+    def from_entry_points(
+        cls, environ: Mapping[str, str], listener: Callable[[HookCall], None] | None = None
+    ) -> Manager:
         """A manager with every installed plugin that is not disabled.
 
         Raises ``InvalidRequest`` when ``TORCHWEFT_DISABLE_PLUGINS`` names a plugin that is not
         installed: a misspelt name would leave on what was to be switched off.
         """
-        manager = cls(environ)
+        manager = cls(environ, listener)
         found = discover(blocked=manager._blocked)
         installed = sorted({each.name for each in found})
         for name in sorted(manager._blocked.difference(installed)):
@@ -163,7 +195,12 @@ class Manager:
         sentences: list[str] = []
         for found, answer in self._ask("torchweft_check_plan", plan=plan):
             # A lone string is a natural slip for one objection; its letters are not objections.
-            said = [answer] if isinstance(answer, str) else list(answer)
+            said = [answer] if isinstance(answer, str) else answer
+            if not isinstance(said, Iterable):
+                raise BrokenPlugin(
+                    f"torchweft_check_plan() of {found.provider} returned {said!r}; return a list "
+                    "of sentences"
+                )
             sentences.extend(f"{sentence} (says {found.provider})" for sentence in said)
         return sentences
 
@@ -172,7 +209,19 @@ class Manager:
 
         Raises ``BrokenPlugin`` when a plugin fails instead of answering.
         """
-        return [context for _, context in self._ask("torchweft_worker_context", run=run)]
+        contexts: list[AbstractContextManager[Any]] = []
+        for found, context in self._ask("torchweft_worker_context", run=run):
+            if not isinstance(context, AbstractContextManager):
+                raise BrokenPlugin(
+                    f"torchweft_worker_context() of {found.provider} returned {context!r}; return "
+                    "a context manager"
+                )
+            contexts.append(context)
+        return contexts
+
+    def implemented(self, module: ModuleType) -> list[str]:
+        """The names of the hooks that a registered module implements, sorted."""
+        return sorted(caller.name for caller in self._pluggy.get_hookcallers(module) or ())
 
     # -- collecting ----------------------------------------------------------------------------
 
@@ -204,23 +253,54 @@ class Manager:
                 and self._pluggy.parse_hookimpl_opts(module, hook) is None
             ):
                 raise BrokenPlugin(f"{hook}() of {found.provider} is not marked with @hookimpl")
+        for hook, function in self._marked(module):
+            _check_arguments(hook, function, found.provider)
         # With its provider, because two distributions may call their plugins the same.
-        self._pluggy.register(module, name=f"{found.name} ({found.provider})")
+        name = f"{found.name} ({found.provider})"
+        self._owners[name] = found
+        self._pluggy.register(module, name=name)
+        self._check_hooks(module, found.provider)
+
+    def _marked(self, module: ModuleType) -> Iterator[tuple[str, FunctionType]]:
+        """The hooks that a module implements, and by which functions."""
+        for name, value in vars(module).items():
+            options = self._pluggy.parse_hookimpl_opts(module, name)
+            if options is not None:
+                yield options.get("specname") or name, value
+
+    def _check_hooks(self, module: ModuleType, provider: str) -> None:
         try:
             self._pluggy.check_pending()
         except pluggy.PluginValidationError:
             # A misspelt hook is an error and not a plugin that silently does nothing.
-            unknown = next(name for name in self._implemented(module) if name not in _HOOKS)
+            unknown = next(
+                caller.name
+                for caller in self._pluggy.get_hookcallers(module) or ()
+                if not caller.has_spec()
+                and not all(impl.optionalhook for impl in caller.get_hookimpls())
+            )
             raise BrokenPlugin(
-                f"{found.provider} implements the hook '{unknown}', which does not exist"
-                f"{did_you_mean(unknown, _HOOKS) or ';'} the hooks are {', '.join(_HOOKS)}"
+                f"{provider} implements the hook '{unknown}', which does not exist in torchweft "
+                f"{__version__}{_nearest(unknown) or ';'} the hooks are "
+                f"{', '.join(_HOOKS)}; {_NEWER}, or do without the hook here by "
+                "@hookimpl(optionalhook=True)"
             ) from None
-
-    def _implemented(self, module: ModuleType) -> list[str]:
-        return sorted(caller.name for caller in self._pluggy.get_hookcallers(module) or ())
+        for caller in self._pluggy.get_hookcallers(module) or ():
+            mine = [impl for impl in caller.get_hookimpls() if impl.plugin is module]
+            if len(mine) > 1:
+                functions = ", ".join(f"{impl.function.__name__}()" for impl in mine)
+                raise BrokenPlugin(
+                    f"{provider} implements the hook '{caller.name}' {len(mine)} times, by "
+                    f"{functions}; a plugin is asked once, so make them one function"
+                )
+            if mine[0].wrapper or mine[0].hookwrapper:
+                raise BrokenPlugin(
+                    f"{caller.name}() of {provider} is a wrapper; plugins are asked one by one, "
+                    "so that there is nothing to wrap: leave wrapper= out of @hookimpl"
+                )
 
     def _specs(self, module: ModuleType, provider: str) -> Iterator[Spec]:
-        implemented = self._implemented(module)
+        implemented = self.implemented(module)
         for hook, kind in _DECLARING.items():
             if hook not in implemented:
                 continue
@@ -243,6 +323,34 @@ class Manager:
                     )
                 yield spec
 
+    # -- listening -----------------------------------------------------------------------------
+
+    def _call_back(self, listener: Callable[[HookCall], None]) -> None:
+        def before(hook: str, impls: Sequence[pluggy.HookImpl], arguments: Any) -> None:
+            """Nothing is known yet."""
+
+        def after(
+            outcome: pluggy.Result[Any],
+            hook: str,
+            impls: Sequence[pluggy.HookImpl],
+            arguments: Mapping[str, Any],
+        ) -> None:
+            found = self._owners[impls[0].plugin_name]
+            results = outcome.get_result() if outcome.exception is None else []
+            listener(
+                HookCall(
+                    hook=hook,
+                    plugin=found.name,
+                    provider=found.provider,
+                    arguments=dict(arguments),
+                    # pluggy drops None.
+                    result=results[0] if results else None,
+                    error=outcome.exception,
+                )
+            )
+
+        self._pluggy.add_hookcall_monitoring(before, after)
+
     # -- asking --------------------------------------------------------------------------------
 
     def _ask(self, hook: str, **arguments: Any) -> Iterator[tuple[Found, Any]]:
@@ -251,7 +359,7 @@ class Manager:
         One plugin at a time, so that one which fails is named.
         """
         for module, found in self._modules:
-            if hook in self._implemented(module):
+            if hook in self.implemented(module):
                 try:
                     answer = self._call(hook, module, found.provider, **arguments)
                 except TorchweftError:
@@ -272,6 +380,33 @@ class Manager:
                 f"returns {_NOTHING.get(hook, 'an empty list')}"
             )
         return results[0]
+
+
+def _nearest(unknown: str) -> str:
+    # What all hooks have in common makes none of them the nearest.
+    common = f"{hookspecs.NAME}_"
+    words = [hook.removeprefix(common) for hook in _HOOKS]
+    return did_you_mean(unknown.removeprefix(common), words).replace(" '", f" '{common}")
+
+
+def _check_arguments(hook: str, function: FunctionType, provider: str) -> None:
+    """An implementation may take fewer arguments than its hook has, and no others."""
+    if hook not in _HOOKS:
+        return
+    known = inspect.signature(getattr(hookspecs, hook)).parameters
+    for parameter in inspect.signature(function).parameters.values():
+        # What has a default, and what takes anything, asks for nothing.
+        asks = parameter.default is parameter.empty and parameter.kind not in (
+            parameter.VAR_POSITIONAL,
+            parameter.VAR_KEYWORD,
+        )
+        if asks and parameter.name not in known:
+            raise BrokenPlugin(
+                f"{hook}() of {provider} takes the argument '{parameter.name}', which this hook "
+                f"does not have in torchweft {__version__}"
+                f"{did_you_mean(parameter.name, known) or ';'} it has "
+                f"{', '.join(known) or 'none'}, and an implementation may take fewer; {_NEWER}"
+            )
 
 
 def _flag(environ: Mapping[str, str], name: str) -> bool:

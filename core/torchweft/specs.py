@@ -36,7 +36,11 @@ KINDS = ("accelerator", "strategy", "precision", "launcher")
 class Availability:
     """What a probe found out, without initialising a device.
 
-    ``count`` is the number of devices on this node, or None where there is no limit.
+    Attributes:
+        ok: whether it can be used here.
+        reason: why not; one clause.
+        hint: what to do about it; one clause.
+        count: how many devices there are on this node; None where there is no limit.
     """
 
     ok: bool
@@ -49,7 +53,10 @@ class Availability:
 class Detection:
     """What a launcher outside left in the environment.
 
-    ``world_size`` and ``processes_per_node`` are None where the environment does not say.
+    Attributes:
+        reason: one clause, as in ``grid started this process``.
+        world_size: processes in the whole run; None where the environment does not say.
+        processes_per_node: processes on each node; None where the environment does not say.
     """
 
     reason: str
@@ -59,7 +66,13 @@ class Detection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
-    """A name for a strategy together with options, or with the launcher that it needs."""
+    """A name for a strategy together with options, or with the launcher that it needs.
+
+    Attributes:
+        alias: what the user writes.
+        options: arguments of the constructor that it stands for.
+        launcher: name of the launcher that it needs; None: any.
+    """
 
     alias: str
     # A mapping has no hash; the alias alone tells presets of one spec apart.

@@ -41,6 +41,10 @@ MISTAKES = {
         {"test_a_barrier_holds", "test_all_reduce"},
         "passed a barrier before all had come",
     ),
+    "LetsPlainBackwardThrough": (
+        {"test_a_plain_backward_is_right_or_refused"},
+        "set owns_backward = True",
+    ),
     "KeepsState": ({WITH}, "something of the models that were trained before it is left"),
 }
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 
 import importlib_metadata
 import pytest
+
+from torchweft.testing.interpreter import fresh_interpreter
 
 #: Of what decides what to run, everything; the rest of the core may use torch.
 TORCH_FREE = [
@@ -33,6 +32,9 @@ TORCH_FREE = [
     "torchweft.resolve",
     "torchweft.process",
     "torchweft.cli",
+    "torchweft.testing",
+    "torchweft.testing.interpreter",
+    "torchweft.testing.trial",
 ]
 
 HOOKS = sorted(
@@ -40,22 +42,12 @@ HOOKS = sorted(
 )
 
 
-def modules_after(code: str) -> set[str]:
+def modules_after(code: str) -> frozenset[str]:
     """What is in ``sys.modules`` of a fresh interpreter that ran ``code``."""
-    report = (
-        "import atexit, json, sys\n"
-        "atexit.register(lambda: sys.stderr.write(json.dumps(sorted(sys.modules))))\n"
-    )
-    environ = {name: v for name, v in os.environ.items() if not name.startswith("TORCHWEFT_")}
-    done = subprocess.run(
-        [sys.executable, "-c", report + code],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=True,
-        env=environ,
-    )
-    return set(json.loads(done.stderr))
+    environ = {name: None for name in os.environ if name.startswith("TORCHWEFT_")}
+    done = fresh_interpreter(code, environ={**environ, "PYTHONWARNINGS": None}, timeout=100)
+    assert done.status == 0, done.err
+    return done.loaded
 
 
 def test_the_installed_plugins_are_known() -> None:

@@ -1,13 +1,12 @@
-"""Running a few lines in a fresh interpreter."""
+"""Running a few lines in a fresh interpreter that is left as Python makes it."""
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
+
+from torchweft.testing.interpreter import fresh_interpreter
 
 __all__ = ["python"]
 
@@ -17,16 +16,21 @@ def python(
     *arguments: str | Path,
     environ: Mapping[str, str | None] | None = None,
     timeout: float = 60,
-    **options: object,
+    cwd: str | Path | None = None,
+    input: str = "",
+    stdin: None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """What became of ``python -c code arguments…``; a variable that is None is unset."""
-    variables = {**os.environ, **(environ or {})}
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
-        env={name: value for name, value in variables.items() if value is not None},
-        capture_output=True,
-        text=True,
+    """What became of ``python -c code arguments…``; a variable that is None is unset.
+
+    ``input`` is read from its standard input, which is a pipe, as ``stdin=None`` says.
+    """
+    done = fresh_interpreter(
+        code,
+        *arguments,
+        environ={"PYTHONWARNINGS": None, "PYTHONUNBUFFERED": None, **(environ or {})},
         timeout=timeout,
-        check=False,
-        **{"stdin": subprocess.DEVNULL, **options},  # type: ignore[call-overload]
+        cwd=cwd,
+        typed=input,
+        session=False,
     )
+    return subprocess.CompletedProcess((), done.status, done.out, done.err)

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from torchweft import __version__
 from torchweft.discovery import Found
 from torchweft.errors import BrokenPlugin, InvalidRequest
-from torchweft.manager import Declared, Manager
+from torchweft.manager import Declared, HookCall, Manager
 
 if TYPE_CHECKING:
     from tests.core.conftest import Site
@@ -84,10 +85,11 @@ def test_a_hook_may_be_implemented_under_another_name() -> None:
             GOOD.replace("def torchweft_strategies", "def torchweft_strategys"),
             (
                 "torchweft-acme 0.1 implements the hook 'torchweft_strategys', which does not "
-                "exist; "
-                "did you mean 'torchweft_strategies'? the hooks are torchweft_accelerators, "
-                "torchweft_check_plan, torchweft_launchers, torchweft_precisions, "
-                "torchweft_strategies, torchweft_worker_context"
+                f"exist in torchweft {__version__}; did you mean 'torchweft_strategies'? the hooks "
+                "are torchweft_accelerators, torchweft_check_plan, torchweft_launchers, "
+                "torchweft_precisions, torchweft_strategies, torchweft_worker_context; if the "
+                "plugin is made for a newer torchweft, upgrade torchweft, or do without the hook "
+                "here by @hookimpl(optionalhook=True)"
             ),
         ),
         (
@@ -124,6 +126,27 @@ def test_a_hook_may_be_implemented_under_another_name() -> None:
             ),
         ),
         (
+            GOOD.replace("target=", "interconnect='ring', target="),
+            (
+                "TypeError: StrategySpec.__init__() got an unexpected keyword argument "
+                "'interconnect'"
+            ),
+        ),
+        (
+            GOOD + "@hookimpl(specname='torchweft_strategies')\ndef more(): return []",
+            (
+                "torchweft-acme 0.1 implements the hook 'torchweft_strategies' 2 times, by "
+                "more(), torchweft_strategies(); a plugin is asked once, so make them one function"
+            ),
+        ),
+        (
+            "@hookimpl(wrapper=True)\ndef torchweft_strategies(): return (yield)",
+            (
+                "torchweft_strategies() of torchweft-acme 0.1 is a wrapper; plugins are asked one "
+                "by one, so that there is nothing to wrap: leave wrapper= out of @hookimpl"
+            ),
+        ),
+        (
             GOOD.replace("    return", "    raise OSError('no disk')\n    return"),
             "OSError: no disk",
         ),
@@ -132,7 +155,19 @@ def test_a_hook_may_be_implemented_under_another_name() -> None:
             "SystemExit: 3",
         ),
     ],
-    ids=["misspelt", "none", "unmarked", "kind", "no list", "unsound", "raises", "exits"],
+    ids=[
+        "misspelt",
+        "none",
+        "unmarked",
+        "kind",
+        "no list",
+        "unsound",
+        "unknown field",
+        "twice",
+        "wrapper",
+        "raises",
+        "exits",
+    ],
 )
 def test_a_plugin_that_declares_wrongly_is_recorded_and_gone(source: str, error: str) -> None:
     manager = Manager({})
@@ -147,10 +182,47 @@ def test_a_plugin_that_declares_wrongly_is_recorded_and_gone(source: str, error:
     assert manager.objections(plan) == []
 
 
-def test_a_hook_with_an_unknown_argument_is_an_error() -> None:
+def test_a_plugin_that_is_made_for_a_newer_torchweft_is_told_so() -> None:
+    declared = add(Manager({}), GOOD + "@hookimpl\ndef torchweft_samplers(plan): return []")
+    assert declared.specs == ()
+    assert declared.error == (
+        "torchweft-acme 0.1 implements the hook 'torchweft_samplers', which does not exist in "
+        f"torchweft {__version__}; the hooks are torchweft_accelerators, torchweft_check_plan, "
+        "torchweft_launchers, torchweft_precisions, torchweft_strategies, "
+        "torchweft_worker_context; if the plugin is made for a newer torchweft, upgrade torchweft, "
+        "or do without the hook here by @hookimpl(optionalhook=True)"
+    )
+
+
+def test_a_plugin_may_do_without_a_hook_of_a_newer_torchweft() -> None:
+    newer = "@hookimpl(optionalhook=True)\ndef torchweft_samplers(plan): return []\n"
+    manager = Manager({})
+    declared = add(manager, GOOD + newer)
+    assert (names(declared), declared.error) == (["acme"], "")
+    # The optional one is not blamed for a misspelt one beside it.
+    slip = "@hookimpl\ndef torchweft_zzz(): return []"
+    assert "the hook 'torchweft_zzz', which" in add(manager, newer + slip, name="other").error
+
+
+def test_a_hook_with_an_argument_that_it_does_not_have_is_an_error() -> None:
     declared = add(Manager({}), "@hookimpl\ndef torchweft_check_plan(plam): return []")
-    assert declared.error.startswith("PluginValidationError: ")
-    assert "plam" in declared.error
+    assert declared.error == (
+        "torchweft_check_plan() of torchweft-acme 0.1 takes the argument 'plam', which this hook "
+        f"does not have in torchweft {__version__}; did you mean 'plan'? it has plan, and an "
+        "implementation may take fewer; if the plugin is made for a newer torchweft, upgrade "
+        "torchweft"
+    )
+    declared = add(Manager({}), GOOD.replace("strategies()", "strategies(plan)"))
+    assert "the argument 'plan', which" in declared.error
+    assert "; it has none, and" in declared.error
+
+
+@pytest.mark.parametrize("arguments", ["", "plan", "plan, more=3", "*plan, **more"])
+def test_an_implementation_may_take_fewer_arguments_than_its_hook(arguments: str) -> None:
+    manager = Manager({})
+    declared = add(manager, f"@hookimpl\ndef torchweft_check_plan({arguments}): return ['no']")
+    assert declared.error == ""
+    assert manager.objections(PLAN) == ["no (says torchweft-acme 0.1)"]
 
 
 def test_the_specification_itself_is_no_implementation() -> None:
@@ -252,6 +324,23 @@ def test_a_plugin_that_fails_when_asked_is_named(hook: str) -> None:
         manager.objections(PLAN) or manager.worker_contexts(PLAN)
 
 
+@pytest.mark.parametrize(
+    ("hook", "wanted"),
+    [
+        ("torchweft_check_plan(plan)", "a list of sentences"),
+        ("torchweft_worker_context(run)", "a context manager"),
+    ],
+)
+def test_a_plugin_that_answers_with_something_else_is_named(hook: str, wanted: str) -> None:
+    manager = Manager({})
+    add(manager, f"@hookimpl\ndef {hook}: return 7")
+    with pytest.raises(
+        BrokenPlugin,
+        match=rf"^torchweft_\w+\(\) of torchweft-acme 0\.1 returned 7; return {wanted}$",
+    ):
+        manager.objections(PLAN) or manager.worker_contexts(PLAN)
+
+
 def test_an_error_on_purpose_is_passed_on_as_it_is() -> None:
     manager = Manager({})
     add(
@@ -261,6 +350,43 @@ def test_an_error_on_purpose_is_passed_on_as_it_is() -> None:
     )
     with pytest.raises(InvalidRequest, match=r"^no such thing$"):
         manager.objections(PLAN)
+
+
+# -- listening ---------------------------------------------------------------------------------
+
+
+def test_a_listener_hears_of_every_call_and_how_it_ended() -> None:
+    heard: list[HookCall] = []
+    manager = Manager({}, heard.append)
+    add(manager, GOOD)
+    fails = "@hookimpl\ndef torchweft_check_plan(): raise KeyError('x')"
+    add(manager, fails, name="other")
+    with pytest.raises(BrokenPlugin):
+        manager.objections(PLAN)
+    declared, objected = heard
+    assert (declared.hook, declared.plugin, declared.arguments) == (
+        "torchweft_strategies",
+        "acme",
+        {},
+    )
+    assert [spec.name for spec in declared.result] == ["acme"]
+    assert declared.error is None
+    assert (objected.hook, objected.provider) == ("torchweft_check_plan", "torchweft-other 0.1")
+    # All that the hook has, whatever the implementation takes.
+    assert objected.arguments == {"plan": PLAN}
+    assert (objected.result, repr(objected.error)) == (None, "KeyError('x')")
+
+
+def test_a_listener_hears_of_a_plugin_that_is_refused() -> None:
+    heard: list[HookCall] = []
+    add(Manager({}, heard.append), GOOD.replace("return", ""))
+    assert [(call.hook, call.result) for call in heard] == [("torchweft_strategies", None)]
+
+
+def test_a_listener_hears_of_the_plugins_that_are_installed() -> None:
+    heard: list[HookCall] = []
+    Manager.from_entry_points({}, heard.append)
+    assert ("builtin", "torchweft_accelerators") in [(call.plugin, call.hook) for call in heard]
 
 
 # -- the environment ---------------------------------------------------------------------------
@@ -288,7 +414,7 @@ def test_real_plugins_good_and_bad(site: Site) -> None:
     listed = json.loads(site.run(LISTING))
     assert listed["acme"] == ["torchweft-acme 0.1", "", False, ["acme"]]
     assert listed["broken"][1] == "ModuleNotFoundError: No module named 'acme_comm'"
-    assert "which does not exist; did you mean 'torchweft_strategies'?" in listed["slip"][1]
+    assert "implements the hook 'torchweft_strategys', which does not" in listed["slip"][1]
     assert "returned None" in listed["none"][1]
     assert listed["exits"][1] == "SystemExit: "
     assert listed["builtin"][1:3] == ["", False]

@@ -48,7 +48,7 @@ class Built:
         tree: the copy of the repository that it was built from.
         core, cuda: folders with a wheel and a source archive, the wheel made from the archive.
         direct: a folder with the wheels of both, made from the tree itself.
-        acme, broken, clash: folders with the wheels of third parties.
+        acme, broken, clash, localsgd: folders with the wheels of third parties.
         dependencies: a folder with what core and plugin depend on, and without the two.
     """
 
@@ -59,6 +59,7 @@ class Built:
     acme: Path
     broken: Path
     clash: Path
+    localsgd: Path
     dependencies: Path
 
 
@@ -75,16 +76,14 @@ def _build(folder: Path) -> Built:
     _leave_litter(tree)
     cuda = tree / "plugins" / "cuda"
     third = tree / "tests" / "thirdparty"
-    built = {name: folder / name for name in ("core", "cuda", "direct", "acme", "broken", "clash")}
+    strangers = ("acme", "broken", "clash", "localsgd")
+    built = {name: folder / name for name in ("core", "cuda", "direct", *strangers)}
     jobs: list[Sequence[str | Path]] = [
         (tree, "--outdir", built["core"]),
         (cuda, "--outdir", built["cuda"]),
         (tree, "--wheel", "--outdir", built["direct"]),
         (cuda, "--wheel", "--outdir", built["direct"]),
-        *(
-            (third / f"torchweft-{name}", "--wheel", "--outdir", built[name])
-            for name in ("acme", "broken", "clash")
-        ),
+        *((third / f"torchweft-{name}", "--wheel", "--outdir", built[name]) for name in strangers),
     ]
     with ThreadPoolExecutor(2) as pool:
         linked = pool.submit(link_dependencies, ROOT_NAMES, folder / "dependencies")
@@ -205,6 +204,14 @@ def make_fresh(folder: Path, dependencies: Path) -> Fresh:
     (packages,) = folder.glob("lib/python3*/site-packages")
     (packages / "dependencies.pth").write_text(f"{dependencies}\n")
     return Fresh(folder=folder)
+
+
+def make_testing(fresh: Fresh, folder: Path) -> None:
+    """Make pytest visible in an environment; ``folder`` is a new one for what it needs."""
+    # Whoever needs pytest-timeout needs pytest.
+    linked = link_dependencies(["pytest-timeout"], folder)
+    (packages,) = fresh.folder.glob("lib/python3*/site-packages")
+    (packages / "testing.pth").write_text(f"{linked}\n")
 
 
 # -- what training has to end with -------------------------------------------------------------

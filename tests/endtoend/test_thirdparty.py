@@ -5,10 +5,12 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import shutil
 import socket
 import sys
 import textwrap
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -20,6 +22,7 @@ from tests.endtoend.packaging import (
     build_once,
     distance,
     make_fresh,
+    make_testing,
     only,
     trained_alone,
 )
@@ -129,6 +132,49 @@ def test_its_options_are_checked_before_any_process_starts(run, acme):
         "error: strategy 'acme' has no option 'compres'; did you mean 'compress'? "
         "options of AcmeStrategy: compress\n"
     )
+
+
+# -- proven right by the kit -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tested(built, tmp_path_factory) -> Fresh:
+    """Two third parties' strategies and pytest, without torchweft-cuda."""
+    folder = tmp_path_factory.mktemp("tested")
+    fresh = make_fresh(folder / "env", built.dependencies)
+    make_testing(fresh, folder / "pytest")
+    places = [built.core, built.acme, built.localsgd]
+    fresh.install("torchweft-acme", "torchweft-localsgd", find_links=places)
+    return fresh
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("name", ["acme", "localsgd"])
+def test_it_passes_the_conformance_kit(run, tested, name, tmp_path):
+    tests = shutil.copytree(THIRD_PARTY / f"torchweft-{name}" / "tests", tmp_path / "tests")
+    xml = tmp_path / "report.xml"
+    result = run(
+        *(tested.python, "-m", "pytest", "-W", "error", "--junit-xml", xml, tests),
+        environ=tested.environ(),
+        cwd=tmp_path,
+        timeout=220,
+    )
+    assert result.status == 0, result.out + result.err
+    cases = [*ElementTree.parse(xml).iter("testcase")]
+    skips = {
+        case.find("skipped").get("message") for case in cases if case.find("skipped") is not None
+    }
+    classes = {case.get("classname").rpartition(".")[2] for case in cases}
+    assert len(cases) > 200
+    assert len(classes) == 3 if name == "acme" else 2
+    # What is left out is what the strategy says of itself, or what the plugin does not declare.
+    known = {
+        "acme": (),
+        "localsgd": ("gradients are never averaged, so that they have no norm in common",),
+    }[name]
+    said = [skip for skip in skips if "cannot:" in skip]
+    assert all(any(words in skip for words in known) for skip in said), said
+    assert bool(said) == bool(known)
 
 
 # -- a plugin that cannot be imported ----------------------------------------------------------
@@ -255,6 +301,22 @@ def test_the_strategy_of_the_docstring_trains(run, tmp_path):
     result = run(sys.executable, TRAIN, path, "mean", environ=environ)
     assert (result.status, result.lines) == (0, ["trained by my_package.mean:Mean"]), result.err
     assert distance(path, trained_alone()) < 1e-10
+
+
+@pytest.mark.timeout(240)
+def test_the_strategy_of_the_docstring_passes_the_conformance_kit(run, tmp_path):
+    environ = install_example(tmp_path, Strategy)
+    (tmp_path / "test_mean.py").write_text(
+        "from torchweft.testing import StrategyConformance\n\n\n"
+        "class TestMean(StrategyConformance):\n"
+        '    strategy = "mean"\n'
+    )
+    command = [sys.executable, "-m", "pytest", "-W", "error", "-q", "-p", "no:cacheprovider"]
+    result = run(*command, tmp_path / "test_mean.py", environ=environ, cwd=tmp_path, timeout=220)
+    assert result.status == 0, result.out + result.err
+    passed, skipped = re.search(r"(\d+) passed, (\d+) skipped", result.out).groups()
+    # It says itself that it takes no unused parameters.
+    assert (int(passed) > 100, skipped) == (True, "1")
 
 
 def test_the_launcher_of_the_docstring_joins_ranks_of_a_cluster(start, tmp_path):

@@ -71,7 +71,11 @@ def version(built: Built, name: str) -> str:
 def sources(built: Built, name: str) -> set[str]:
     """Everything that belongs to a package, as it is named in an archive."""
     package = built.tree / PACKAGES[name]
-    modules = [path for path in package.rglob("*.py") if "__pycache__" not in path.parts]
+    modules = [
+        path
+        for path in package.rglob("*")
+        if path.suffix in (".py", ".template") and "__pycache__" not in path.parts
+    ]
     return {str(path.relative_to(package.parent)) for path in [*modules, package / "py.typed"]}
 
 

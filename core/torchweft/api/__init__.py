@@ -9,7 +9,7 @@ from torchweft.api.place import Place
 from torchweft.api.precision import Autocast, Precision
 from torchweft.api.run import Run
 from torchweft.api.strategy import CAPABILITIES, DataShard, Prepared, Strategy
-from torchweft.plan import RunPlan
+from torchweft.plan import Decision, Rejected, RunPlan, Topology
 from torchweft.rank import RankInfo, Rendezvous
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Autocast",
     "Collectives",
     "DataShard",
+    "Decision",
     "Group",
     "Launcher",
     "Place",
@@ -26,10 +27,12 @@ __all__ = [
     "Prepared",
     "ProcessGroup",
     "RankInfo",
+    "Rejected",
     "Rendezvous",
     "Run",
     "RunPlan",
     "Strategy",
+    "Topology",
     "join_group",
     "leave_group",
     "map_leaves",

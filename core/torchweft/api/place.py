@@ -16,7 +16,16 @@ __all__ = ["Place"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Everything that is settled before a strategy starts in a process."""
+    """Everything that is settled before a strategy starts in a process.
+
+    Attributes:
+        plan: what was decided.
+        rank: who this process is.
+        rendezvous: where the ranks meet; ``join_group`` and ``open_store`` take it from here.
+        accelerator: the live one; its ``backend`` is that of collectives.
+        device: of this process.
+        precision: the live one.
+    """
 
     plan: RunPlan
     rank: RankInfo

@@ -36,6 +36,7 @@ class Precision:
     #: dtype in which parameters are created under ``fabric.init_module()``; None: torch's default.
     init_dtype: torch.dtype | None = None
 
+    #: torch's word for the device of this process, by ``start``.
     device_type: str = "cpu"
 
     def start(self, device: torch.device) -> None:

@@ -22,6 +22,15 @@ class Run:
     """What exists in a process once it has joined: one per process, never pickled.
 
     Built in the order rank, device, strategy, collectives.
+
+    Attributes:
+        plan: what was decided.
+        rank: who this process is.
+        accelerator: the live one.
+        device: of this process.
+        strategy: the live one.
+        precision: the live one.
+        collectives: between the processes of the run.
     """
 
     plan: RunPlan

@@ -60,7 +60,13 @@ class DataShard:
 
 @dataclass(slots=True, kw_only=True)
 class Prepared:
-    """What ``setup`` returns: the same things, ready, in the order given."""
+    """What ``setup`` returns: the same things, ready, in the order given.
+
+    Attributes:
+        module: what the user's forward pass runs through.
+        optimizers: in the order given.
+        scheduler: the one given, or None.
+    """
 
     module: nn.Module
     optimizers: list[Optimizer] = field(default_factory=list)
@@ -74,9 +80,13 @@ class Strategy:
     ``StrategySpec(name="mean", target="my_package.mean:Mean", devices=("cpu",))``::
 
         class Mean(Strategy):
+            owns_backward = True
+            cannot = {"unused_parameters": "a gradient is averaged where every process has one"}
+
             def start(self, place):
                 super().start(place)
                 self.group = join_group(place, backend=place.accelerator.backend)
+                self.modules = []
 
             def stop(self, failed):
                 leave_group(self.group, failed=failed)
@@ -91,19 +101,25 @@ class Strategy:
                 return ProcessGroup(self.place.device)
 
             def setup(self, module, optimizers, scheduler):
-                self.module = module
-                for tensor in (*module.parameters(), *module.buffers()):
-                    tensor.data.copy_(self.collectives.broadcast(tensor))
+                self.modules.append(module)
+                self.spread((*module.parameters(), *module.buffers()))
                 return super().setup(module, optimizers, scheduler)
 
             def backward(self, loss, module, *args, **kwargs):
                 super().backward(loss, module, *args, **kwargs)
-                for parameter in self.module.parameters():
-                    if parameter.grad is not None:
-                        parameter.grad = self.collectives.all_reduce(parameter.grad)
+                for module in self.modules:
+                    for parameter in module.parameters():
+                        if parameter.grad is not None:
+                            parameter.grad = self.collectives.all_reduce(parameter.grad)
+                    self.spread(module.buffers())
+
+            def spread(self, tensors):
+                for tensor in tensors:
+                    tensor.data.copy_(self.collectives.broadcast(tensor))
 
     Gradients are averaged in ``backward``, not in ``step``: what is clipped in between has to be
-    the average already.
+    the average already. ``torchweft.testing.StrategyConformance`` finds out whether all of it is
+    right.
 
     The constructor's keyword arguments are the strategy's options: what a user writes behind the
     name (``"ddp:bucket_cap_mb=50"``) is checked against its signature and annotations. The
@@ -122,6 +138,7 @@ class Strategy:
     #: out. The constructor may set it where options decide.
     cannot: Mapping[str, str] = MappingProxyType({})
 
+    #: Where it was started, by ``start``.
     place: Place
 
     # -- life ------------------------------------------------------------------------------------

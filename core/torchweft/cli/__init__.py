@@ -26,6 +26,7 @@ _COMMANDS: Mapping[str, tuple[str, str]] = {
     "plugins": ("torchweft.cli.plugins:plugins", "List everything that can be chosen by name."),
     "logs": ("torchweft.cli.logs:logs", "Show what the loggers of a run wrote."),
     "completion": ("torchweft.cli.completion:completion", "Print the shell's completion script."),
+    "new": ("torchweft.cli.new:new", "Write a package to start a backend from."),
     "doctor": ("torchweft.cli.doctor:doctor", "Look for what is wrong on this computer."),
 }
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torchweft.testing.plugin import PluginConformance
     from torchweft.testing.precision import PrecisionConformance
     from torchweft.testing.ranks import RanksTimeout, run_ranks
-    from torchweft.testing.recorder import HookCall, HookRecorder
+    from torchweft.testing.recorder import HookCall, HookRecorder, Recorded
     from torchweft.testing.strategy import StrategyConformance
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "PluginConformance",
     "PrecisionConformance",
     "RanksTimeout",
+    "Recorded",
     "StrategyConformance",
     "fresh_interpreter",
     "run_ranks",
@@ -48,6 +49,7 @@ _LAZY = {
     "PluginConformance": "plugin",
     "PrecisionConformance": "precision",
     "RanksTimeout": "ranks",
+    "Recorded": "recorder",
     "StrategyConformance": "strategy",
     "fresh_interpreter": "interpreter",
     "run_ranks": "ranks",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-__all__ = ["fresh_interpreter", "hook_recorder", "run_ranks", "strategy_kit"]
+__all__ = ["fresh_interpreter", "hook_recorder", "run_ranks"]
 
 # An installed package's assertions are rewritten by themselves, those of an editable one are not.
 pytest.register_assert_rewrite(
@@ -31,11 +31,12 @@ def run_ranks() -> Callable[..., list[Any]]:
 def hook_recorder() -> Any:
     """``hook_recorder(*modules, **arguments of Fabric)``: a Fabric whose hook calls are recorded.
 
-    ``modules`` are modules of hooks, beside those that are installed.
+    ``modules`` are modules of hooks, beside those that are installed. ``hook_recorder.of()`` has
+    the calls of a Fabric that could not be made too.
     """
     from torchweft.testing import recorder
 
-    return recorder.HookRecorder
+    return recorder.HookRecorder()
 
 
 @pytest.fixture(scope="session")

@@ -58,7 +58,8 @@ def run_ranks(
         n: number of devices; the strategy decides how many processes that makes.
         function: what every rank calls.
         args: its further arguments; they are pickled.
-        timeout: seconds after which the ranks are ended.
+        timeout: seconds that the function may take, and as many to come to it, before the ranks
+            are ended.
         environ: variables for the plan and the ranks.
         accelerator: as ``Fabric`` takes it.
         fabric: the other arguments of ``Fabric``: ``strategy=``, ``precision=``, ``plugins=``, ….
@@ -78,15 +79,19 @@ def run_ranks(
     with _folder() as folder, _environment(environ or {}):
         launcher = _Watched(timeout=timeout, folder=folder, modules=_modules(function))
         made = Fabric(accelerator=accelerator, devices=n, launcher=launcher, **fabric)
-        made.launch(_report, function, args, folder)
+        made.launch(_report, function, args, folder, timeout)
         ranks = range(made.plan.topology.world_size)
         return [pickle.loads((folder / f"result-{rank}").read_bytes()) for rank in ranks]
 
 
-def _report(fabric: Fabric, function: Callable[..., Any], args: Any, folder: Path) -> None:
+def _report(
+    fabric: Fabric, function: Callable[..., Any], args: Any, folder: Path, timeout: float
+) -> None:
     """Leave what the function returned in this rank where the caller finds it."""
     rank = fabric.global_rank
-    result = function(fabric, *args)
+    # The function has all of the time, however long the way to it was.
+    with _watch(timeout, folder / f"stack-{rank}"):
+        result = function(fabric, *args)
     (folder / f"result-{rank}").write_bytes(pack_result(result, rank))
 
 
@@ -134,7 +139,9 @@ class _Watched(ForkServer):
         # also imports the program that made it, which is pytest.
         entries = Catalog(Manager.from_entry_points(os.environ).declared).entries("strategy")
         wanted = {name: None for entry in entries for name in getattr(entry.spec, "preload", ())}
-        modules = [*plan.strategy.preload, *wanted, "pytest", "torchweft.testing.ranks"]
+        # torch's optimizers import the compiler, which takes a second.
+        common = ["torch._dynamo", "pytest", "torchweft.testing.ranks"]
+        modules = [*plan.strategy.preload, *wanted, *common]
         context.set_forkserver_preload(process.served(dict.fromkeys(modules)))
 
     def _entrance(self) -> Callable[..., NoReturn]:
@@ -151,7 +158,9 @@ class _Watched(ForkServer):
             left = [
                 rank for rank, file in node.error_files.items() if not _is_done(self._folder, file)
             ]
-            if not left or all(_has_told(self._folder, rank) for rank in left) or late > _PATIENCE:
+            told = all(_has_told(self._folder, rank) for rank in left)
+            # A rank may have come to the function late, and then has time left.
+            if told or late > self._timeout + _PATIENCE:
                 raise RanksTimeout(_describe(self._folder, node.size, left, self._timeout))
 
         return idle
@@ -167,18 +176,24 @@ def _enter(
     sender: Connection[Any, Any] | None,
 ) -> NoReturn:
     guard_served_rank()
-    _watch(timeout, folder / f"stack-{environ['RANK']}")
-    for name, file in modules.items():
-        _make_importable(name, file)
-    enter_rank(environ, method, call, sender)
+    with _watch(timeout, folder / f"stack-{environ['RANK']}"):
+        for name, file in modules.items():
+            _make_importable(name, file)
+        enter_rank(environ, method, call, sender)
 
 
-def _watch(timeout: float, path: Path) -> None:
+@contextlib.contextmanager
+def _watch(timeout: float, path: Path) -> Iterator[None]:
     """Have all threads' stacks written to ``path`` after ``timeout``, whatever they wait for."""
-    file = path.open("w", encoding="utf-8")
-    file.write(f"{threading.get_ident():x}\n")
-    file.flush()
-    faulthandler.dump_traceback_later(timeout, file=file)
+    with path.open("w", encoding="utf-8") as file:
+        file.write(f"{threading.get_ident():x}\n")
+        file.flush()
+        # There is one such clock in a process: it takes the place of the one before.
+        faulthandler.dump_traceback_later(timeout, file=file)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
 
 def _make_importable(name: str, file: str) -> None:
@@ -215,6 +230,10 @@ def _stack(folder: Path, rank: int) -> tuple[int, str, str]:
 
 def _describe(folder: Path, size: int, left: list[int], timeout: float) -> str:
     lines = [f"after {timeout:g} s {len(left)} of {size} ranks were not done"]
+    if not left:
+        lines = [
+            f"after {timeout:g} s all {size} ranks were done, and their processes had not ended"
+        ]
     for rank in range(size):
         main, _, text = _stack(folder, rank)
         where = standing(main_frames(text, main)) if rank in left else "done"

@@ -228,7 +228,8 @@ class StrategyKit:
             for rank, mine in enumerate(told):
                 loss, right = mine.losses[i], expected.losses[rank][i]
                 if self.far(loss, right):
-                    hint = ", after it was clipped (Strategy.clip)" if case.clip else ""
+                    hint = " after clipping (Strategy.clip)" if case.clip else ""
+                    hint += " of what forward_method ran" if case.method else ""
                     return (
                         f"{what}: the loss of micro-batch {i} is {loss:.7g} in rank {rank}, and "
                         f"one process has {right:.7g} on the same batches (tolerance "
@@ -388,6 +389,19 @@ class StrategyConformance:
             pytest.skip(f"{strategy_kit.name} is tried on one number of devices")
         for devices in worlds:
             strategy_kit.check(devices, FEW[few])
+
+    def test_a_plain_backward_is_right_or_refused(self, strategy_kit: StrategyKit) -> None:
+        """``loss.backward()`` does what ``fabric.backward(loss)`` does, or is an error."""
+        case = Case(plain=True)
+        if strategy_kit.fabric(strategy_kit.largest).strategy.owns_backward:
+            with pytest.raises(RankFailed, match=r"needs fabric\.backward\(loss\) in its place"):
+                strategy_kit.train_alone(strategy_kit.largest, case)
+            return
+        wrong = strategy_kit.wrong(strategy_kit.train_alone(strategy_kit.largest, case), case)
+        assert not wrong, (
+            f"{wrong}. Only fabric.backward(loss) is right with this strategy: set owns_backward = "
+            "True, so that a user is told"
+        )
 
     def test_two_models_take_turns(self, strategy_kit: StrategyKit) -> None:
         """Two models with optimizers of their own, as in a GAN."""

@@ -36,6 +36,7 @@ class Case:
         differing: every rank starts from parameters of its own; those of rank 0 count.
         method: the model is trained by ``training_step`` in place of ``forward``.
         keep_grads: ``zero_grad(set_to_none=False)``.
+        plain: ``loss.backward()`` in place of ``fabric.backward(loss)``.
     """
 
     model: str = "plain"
@@ -53,6 +54,7 @@ class Case:
     differing: bool = False
     method: bool = False
     keep_grads: bool = False
+    plain: bool = False
 
     def __str__(self) -> str:
         """What is unusual about it."""
@@ -141,7 +143,8 @@ def train(fabric: Fabric, case: Case, path: Path) -> Trained:
             with _micro_batch(fabric, model, case, i, len(loader), last):
                 loss = loss_of(call(x, branch=fabric.global_rank), y)
                 group = _group_size(i, case.accumulate, len(loader))
-                fabric.backward(loss / group)
+                backward = Tensor.backward if case.plain else fabric.backward
+                backward(loss / group)
             told.losses.append(loss.item())
             if not last:
                 continue

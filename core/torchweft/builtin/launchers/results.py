@@ -113,8 +113,8 @@ def pack_result(result: Any, rank: int = 0) -> bytes:
     except Exception as error:
         kind = f"{type(result).__module__}.{type(result).__qualname__}"
         raise TorchweftError(
-            f"the function given to fabric.launch() returned a {kind} in rank {rank}, which cannot be "
-            f"pickled and so not be brought back: {error}; return tensors, numbers or a "
+            f"the function given to fabric.launch() returned a {kind} in rank {rank}, which cannot "
+            f"be pickled and so not be brought back: {error}; return tensors, numbers or a "
             "state_dict() instead"
         ) from error
     return buffer.getvalue()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +30,8 @@ class AcmeStrategy(Strategy):
     Args:
         compress: send gradients in bfloat16: fewer bytes, and two or three digits.
     """
+
+    owns_backward = True
 
     def __init__(self, *, compress: bool = False) -> None:
         self._compress = compress
@@ -59,9 +61,7 @@ class AcmeStrategy(Strategy):
 
     def setup(self, module: nn.Module, optimizers: Sequence[Optimizer], scheduler: Any) -> Prepared:
         """Give every process the parameters and buffers of rank 0."""
-        with torch.no_grad():
-            for tensor in (*module.parameters(), *module.buffers()):
-                tensor.copy_(self._collectives.broadcast(tensor.detach()))
+        self._spread((*module.parameters(), *module.buffers()))
         self._modules.append(module)
         return super().setup(module, optimizers, scheduler)
 
@@ -70,10 +70,25 @@ class AcmeStrategy(Strategy):
         super().backward(loss, module, *args, **kwargs)
         if not self._closes_step:
             return
-        for parameter in (p for held in self._modules for p in held.parameters()):
-            if parameter.grad is not None:
-                sent = parameter.grad.bfloat16() if self._compress else parameter.grad
-                parameter.grad.copy_(self._collectives.all_reduce(sent))
+        for held in self._modules:
+            self._average(list(held.parameters()))
+            self._spread(held.buffers())
+
+    def _average(self, parameters: list[nn.Parameter]) -> None:
+        # Where one process alone has a gradient it counts as zero in the others.
+        mine = torch.tensor([p.grad is not None for p in parameters])
+        for parameter, used in zip(
+            parameters, self._collectives.all_reduce(mine, "max").tolist(), strict=True
+        ):
+            if used:
+                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                sent = grad.bfloat16() if self._compress else grad
+                parameter.grad = self._collectives.all_reduce(sent).to(grad.dtype)
+
+    def _spread(self, tensors: Iterable[Tensor]) -> None:
+        with torch.no_grad():
+            for tensor in tensors:
+                tensor.copy_(self._collectives.broadcast(tensor.detach()))
 
     @contextmanager
     def accumulating(self, module: nn.Module, last: bool) -> Iterator[None]:

@@ -1,0 +1,95 @@
+"""What a conformance class is about: the spec that its name stands for, and whether it is here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from torchweft.catalog import Catalog, Entry, probe
+from torchweft.errors import TorchweftError
+from torchweft.manager import Manager
+from torchweft.missing import unknown_name
+from torchweft.request import parse_name
+from torchweft.specs import load_target
+
+__all__ = ["Subject", "find"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """What is tested.
+
+    Attributes:
+        kind: of spec.
+        asked: what the class attribute says, a name and perhaps options.
+        entry: the spec, and who provides it.
+        options: those behind the name.
+        count: its devices on this node; None where there is no limit.
+    """
+
+    kind: str
+    asked: str
+    entry: Entry
+    options: Mapping[str, Any] = field(default_factory=dict)
+    count: int | None = None
+
+    @property
+    def spec(self) -> Any:
+        """The spec."""
+        return self.entry.spec
+
+    @property
+    def title(self) -> str:
+        """What to call it in a sentence."""
+        return f"{self.kind} '{self.asked}'"
+
+    def load(self) -> Any:
+        """The class that the spec's target names."""
+        return load_target(self.entry.spec.target, self.entry.provider)
+
+
+def find(cls: type, kind: str, device: str = "") -> Subject:
+    """What the attribute ``kind`` of a conformance class names.
+
+    Fails the test where it names nothing that is known, and skips it where it cannot be used
+    here, with the probe's reason and hint. ``device``: torch's word for the devices that it is
+    wanted for, where specs share a name.
+    """
+    asked = getattr(cls, kind, "")
+    if not isinstance(asked, str) or not asked:
+        pytest.fail(
+            f"{cls.__name__} does not say what it tests; write {kind} = 'NAME' in it, the name "
+            f"under which a plugin declares the {kind}",
+            pytrace=False,
+        )
+    try:
+        name, options = parse_name(kind, asked)
+    except TorchweftError as error:
+        pytest.fail(f"{cls.__name__}: {error}", pytrace=False)
+    catalog = Catalog(Manager.from_entry_points(os.environ).declared)
+    entries = catalog.named(kind, name or "")
+    if not entries:
+        unknown = unknown_name(kind, name or "auto", catalog)
+        pytest.fail(f"{cls.__name__}: {unknown}", pytrace=False)
+    # Where none serves the device, the plan says so in better words.
+    fitting = [entry for entry in entries if _serves(entry, device)] or entries
+    answers = [(entry, probe(entry)) for entry in fitting]
+    usable = [(entry, answer) for entry, answer in answers if answer.ok]
+    if not usable:
+        said = "; ".join(f"{answer.reason}; {answer.hint}" for _, answer in answers)
+        pytest.skip(f"{kind} '{name}' cannot be used here: {said}")
+    # What serves fewer devices wins, as it does in a plan.
+    entry, answer = min(usable, key=lambda pair: (pair[0].spec.name != name, _breadth(pair[0])))
+    return Subject(kind=kind, asked=asked, entry=entry, options=options, count=answer.count)
+
+
+def _serves(entry: Entry, device: str) -> bool:
+    return not device or not entry.spec.devices or device in entry.spec.devices
+
+
+def _breadth(entry: Entry) -> float:
+    return len(entry.spec.devices) or float("inf")

@@ -1,0 +1,1 @@
+"""Local SGD as a strategy of torchweft."""
