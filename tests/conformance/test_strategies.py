@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from torchweft.testing import StrategyConformance
 
 
@@ -15,3 +17,11 @@ class TestDDP(StrategyConformance):
 
 class TestDDPThatLooksForUnusedParameters(StrategyConformance):
     strategy = "ddp:find_unused_parameters=true"
+
+
+@pytest.mark.gpu
+class TestDDPOnAGPU(StrategyConformance):
+    strategy = "ddp"
+    accelerator = "cuda"
+    devices = (1,)
+    tolerance = 1e-4

@@ -102,7 +102,9 @@ def _notes(folder: Path, how: str) -> Iterator[dict[str, Any]]:
 
 def _is_alive(pid: int) -> bool:
     try:
-        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
+        os.kill(pid, 0)
+        status = Path(f"/proc/{pid}/stat")
+        state = status.read_bytes().rpartition(b")")[2].split()[0] if status.exists() else b"R"
     except OSError:
         return False
     return state != b"Z"

@@ -17,12 +17,12 @@ from torchweft.testing.models import Samples, build
 from torchweft.testing.ranks import RanksTimeout, run_ranks
 from torchweft.testing.rounding import BATCH, SEED, STEPS, Call, Failed, Stepped
 
-__all__ = ["PrecisionConformance"]
+__all__ = ["PrecisionConformance", "PrecisionKit"]
 
 _KIT = pytest.StashKey["PrecisionKit"]()
 
 #: Far above the norms that are clipped, and far below.
-_LOOSE, _TIGHT = 1e3, 0.05
+_LOOSE, _TIGHT = 1e3, 0.2
 #: How much of what is only counted differently may be lost.
 _SAME = 1e-6
 
@@ -56,9 +56,9 @@ TRAININGS: Sequence[Call] = [
 class PrecisionKit:
     """What the tests of one class share: what is tested, and what its ranks answered already."""
 
-    def __init__(self, cls: type[PrecisionConformance], subject: Subject, folder: Path) -> None:
+    def __init__(self, cls: type[PrecisionConformance], folder: Path) -> None:
+        subject = _subject(cls)
         self.cls = cls
-        self.subject = subject
         self.title = subject.title
         self.folder = folder
         self.scales_loss: bool = subject.load().scales_loss
@@ -164,8 +164,7 @@ class PrecisionConformance:
         """What the tests share; skips where the precision cannot be used."""
         node: Any = request.node.getparent(pytest.Class)
         if _KIT not in node.stash:
-            subject = _subject(type(self))
-            node.stash[_KIT] = PrecisionKit(type(self), subject, tmp_path_factory.mktemp("kit"))
+            node.stash[_KIT] = PrecisionKit(type(self), tmp_path_factory.mktemp("precision"))
         kit: PrecisionKit = node.stash[_KIT]
         return kit
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -15,11 +14,10 @@ import torch
 from torch import Tensor
 
 from torchweft.api import CAPABILITIES, Strategy
-from torchweft.catalog import Catalog, probe
 from torchweft.errors import RankFailed
 from torchweft.fabric import Fabric
-from torchweft.manager import Manager
 from torchweft.testing import exchanging, failing, resuming
+from torchweft.testing.declared import find
 from torchweft.testing.exchanging import DTYPES, OPS, Exchanged
 from torchweft.testing.models import Samples, build
 from torchweft.testing.ranks import RanksTimeout, run_ranks
@@ -105,14 +103,9 @@ class StrategyKit:
 
     def _check_devices(self, devices: int) -> None:
         """Skip where this machine has no such device, or fewer; never for the strategy's sake."""
-        catalog = Catalog(Manager.from_entry_points(os.environ).declared)
-        asked = str(self.cls.accelerator).partition(":")[0]
-        answers = [probe(entry) for entry in catalog.named("accelerator", asked)]
-        if answers and not any(answer.ok for answer in answers):
-            pytest.skip(f"accelerator '{asked}': {answers[0].reason}; {answers[0].hint}")
-        counts = [answer.count for answer in answers if answer.ok]
-        if counts and None not in counts and max(c or 0 for c in counts) < devices:
-            pytest.skip(f"accelerator '{asked}': {devices} devices are needed, {counts[0]} here")
+        here = find(self.cls, "accelerator")
+        if here.count is not None and here.count < devices:
+            pytest.skip(f"{here.title}: {devices} devices are needed, and there are {here.count}")
 
     def worlds(self) -> tuple[int, ...]:
         """The numbers of devices that it can be asked to use."""

@@ -26,6 +26,9 @@ from torchweft.errors import Misuse, RankFailed
 
 __all__ = ["Script"]
 
+#: The launchers that make ranks for ``launch(function)``; in one of them it makes no more.
+_MADE_BY = (Fork.name, Spawn.name)
+
 #: Becomes the command given, in the same process, which then ends with its parent.
 _BOUND_TO_PARENT = (
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); "
@@ -58,6 +61,8 @@ class Script(Launcher):
             # From here on every error is the supervisor's to tell.
             process.own_the_end()
             return None
+        if function is not None and any(self.is_rank(os.environ, made) for made in _MADE_BY):
+            return function(*arguments)
         refuse_import()
         if function is not None:
             return self._function(plan, function, arguments, fork_hazard)
