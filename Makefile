@@ -13,8 +13,9 @@ DEVICES ?= 2
 demo: $(VENV)/.installed
 	$(BIN)/torchweft run --accelerator cpu --devices $(DEVICES) --strategy ddp examples/digits/train.py
 
+# Two at a time, those of a class or a module by one: they share what takes long to make.
 test: lint types
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 # What needs a GPU; skipped with a reason where there is none.
 test-gpu: $(VENV)/.installed
@@ -22,7 +23,7 @@ test-gpu: $(VENV)/.installed
 
 # Without the tests that start many processes.
 fast: $(VENV)/.installed
-	$(BIN)/pytest tests/core tests/cuda tests/contract
+	$(BIN)/pytest -n 2 --dist loadscope tests/core tests/cuda tests/contract
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

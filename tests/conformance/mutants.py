@@ -69,11 +69,15 @@ class Right(Strategy):
 
     def average(self, module: nn.Module) -> None:
         parameters = list(module.parameters())
-        has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int64)
-        for p, anybody in zip(parameters, self._between.all_reduce(has, "max"), strict=True):
-            if anybody:
-                mine = torch.zeros_like(p) if p.grad is None else p.grad
-                p.grad = self.reduce(mine)
+        mine = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int64)
+        has = self._between.all_reduce(mine, "max").tolist()
+        used = [p for p, anybody in zip(parameters, has, strict=True) if anybody]
+        if used:
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in used]
+            # All in one: between processes it is the number of messages that counts.
+            flat = self.reduce(torch.cat([grad.flatten() for grad in grads]))
+            for p, part in zip(used, flat.split([p.numel() for p in used]), strict=True):
+                p.grad = part.view_as(p).clone()
 
     def reduce(self, gradient: Tensor) -> Tensor:
         return self._between.all_reduce(gradient)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -30,10 +32,11 @@ CAUSE = {
 
 
 @pytest.fixture
-def fail(start: Callable[..., Command], tmp_path: Path) -> Callable[..., Command]:
+def fail(start: Callable[..., Command], tmp_path: Path) -> Iterator[Callable[..., Command]]:
     """Start the script; nothing of ours may be left in the folder for temporary files."""
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
+    # A short name: multiprocessing's server has a socket in it, whose path may have 108 bytes.
+    temporary = Path(tempfile.mkdtemp(prefix="tw-"))
+    (tmp_path / "temporary").symlink_to(temporary)
 
     def begin(way: str, how: str) -> Command:
         environ = {"TMPDIR": str(temporary)}
@@ -43,7 +46,8 @@ def fail(start: Callable[..., Command], tmp_path: Path) -> Callable[..., Command
         launcher = [] if way in ("python", *AGENT) else [way]
         return start(*command, how, tmp_path, *launcher, environ=environ)
 
-    return begin
+    yield begin
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def leftovers(tmp_path: Path) -> list[str]:

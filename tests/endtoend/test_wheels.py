@@ -151,7 +151,7 @@ def test_every_dependency_of_the_core_is_declared(built):
 
 def test_extras(built):
     found = metadata(built, "torchweft")
-    named = {"cuda", "xla", "deepspeed", "all", "logs", "examples", "dev"}
+    named = {"cuda", "xla", "deepspeed", "all", "testing", "logs", "examples", "dev"}
     assert set(found.provides_extra) == named
     extras = {
         extra: {
@@ -165,6 +165,7 @@ def test_extras(built):
     assert extras["xla"] == {"torchweft-xla"}
     assert extras["deepspeed"] == {"torchweft-deepspeed"}
     assert extras["all"] >= extras["cuda"]
+    assert extras["testing"] == {"pytest"}
     assert extras["logs"] == {"tensorboard", "matplotlib", "plotext"}
     assert extras["examples"] == {
         "scikit-learn",
@@ -192,6 +193,7 @@ def test_entry_points(built):
     assert entry_points(built, "torchweft") == {
         ("console_scripts", "torchweft", "torchweft.cli:main"),
         ("torchweft", "builtin", "torchweft.builtin.hooks"),
+        ("pytest11", "torchweft", "torchweft.testing.fixtures"),
     }
     assert entry_points(built, "torchweft_cuda") == {
         ("torchweft", "cuda", "torchweft_cuda.hooks"),
@@ -220,7 +222,11 @@ IMPORT_ALL = """
 import importlib, pkgutil, sys
 package = importlib.import_module(sys.argv[1])
 for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-    importlib.import_module(found.name)
+    try:
+        importlib.import_module(found.name)
+    except ModuleNotFoundError as error:
+        # What the extra "testing" is for.
+        assert (error.name, "torchweft.testing." in found.name) == ("pytest", True), found.name
 print(package.__file__, package.__version__)
 """
 
@@ -233,6 +239,16 @@ def test_every_module_needs_only_what_is_declared(run, built, both):
         # Installed here: nothing reaches through to the tree that the tests run in.
         assert Path(path).is_relative_to(both.folder)
         assert told == version(built, name)
+
+
+def test_the_conformance_kit_names_the_extra_that_it_needs(run, alone):
+    code = "from torchweft.testing import StrategyConformance"
+    result = run(alone.python, "-c", code, environ=alone.environ())
+    assert result.status == 1
+    assert result.err.splitlines()[-1] == (
+        "torchweft.errors.NotAvailable: StrategyConformance of torchweft.testing needs pytest, "
+        'which is not installed; try: pip install "torchweft[testing]"'
+    )
 
 
 def test_the_core_alone_lists_itself_alone(run, built, alone):

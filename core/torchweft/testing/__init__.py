@@ -61,7 +61,17 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'torchweft.testing' has no attribute '{name}'")
     import importlib
 
-    value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    try:
+        value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    except ModuleNotFoundError as error:
+        if error.name != "pytest":
+            raise
+        from torchweft.errors import NotAvailable
+
+        raise NotAvailable(
+            f"{name} of torchweft.testing needs pytest, which is not installed; try: "
+            'pip install "torchweft[testing]"'
+        ) from error
     globals()[name] = value
     return value
 

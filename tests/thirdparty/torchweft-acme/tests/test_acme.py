@@ -11,11 +11,3 @@ class TestPlugin(PluginConformance):
 
 class TestAcme(StrategyConformance):
     strategy = "acme"
-
-
-class TestAcmeCompressed(StrategyConformance):
-    """Gradients are sent in bfloat16, which has three digits."""
-
-    strategy = "acme_compressed"
-    devices = (2,)
-    tolerance = 0.05
