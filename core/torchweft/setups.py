@@ -77,13 +77,12 @@ class Setups:
             raise InvalidRequest("fabric.setup_optimizers() was called without an optimizer")
         for optimizer in optimizers:
             self._check_optimizer(optimizer, "setup_optimizers()")
-            self._check_owner(None, optimizer)
-        wrapped = []
-        for optimizer in optimizers:
-            ready = run.strategy.setup_optimizer(optimizer)
-            self._originals.add(optimizer)
-            wrapped.append(self._wrap(ready))
-        return tuple(wrapped)
+        # Where setup_module replaced parameters, the strategy puts the new ones into groups first.
+        prepared = [run.strategy.setup_optimizer(optimizer) for optimizer in optimizers]
+        for ready in prepared:
+            self._check_owner(None, ready)
+        self._originals.update(optimizers)
+        return tuple(self._wrap(ready) for ready in prepared)
 
     def _wrap(self, optimizer: Optimizer) -> Any:
         run = self._run

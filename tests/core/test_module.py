@@ -232,7 +232,7 @@ def test_hooks_run(model: Any, net: Net, data: Tensor) -> None:
 
 def test_no_method_of_a_module_is_left_to_the_wrapper_itself() -> None:
     """torch may add methods; each must reach the original."""
-    own = {"forward", "train", "eval", "compile"}
+    own = {"forward", "train", "eval", "compile", "state_dict", "load_state_dict"}
     handed_on = vars(FabricModule)["register_buffer"].__code__
     for name, member in vars(nn.Module).items():
         if not inspect.isfunction(member) or name.startswith("__"):

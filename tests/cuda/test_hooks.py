@@ -24,7 +24,7 @@ def test_everything_declared_can_be_loaded() -> None:
         *hooks.torchweft_strategies(),
         *hooks.torchweft_precisions(),
     ]
-    assert [spec.name for spec in specs] == ["cuda", "ddp", "16-mixed"]
+    assert [spec.name for spec in specs] == ["cuda", "ddp", "fsdp", "16-mixed"]
     for spec in specs:
         for target in spec.targets().values():
             assert is_target(target)
@@ -36,7 +36,7 @@ def test_names() -> None:
     (cuda,) = hooks.torchweft_accelerators()
     assert cuda.names() == ("cuda", "gpu")
     assert (cuda.device, cuda.default_devices) == ("cuda", "all")
-    (ddp,) = hooks.torchweft_strategies()
+    ddp, fsdp = hooks.torchweft_strategies()
     assert ddp.names() == (
         "ddp",
         "ddp_spawn",
@@ -45,6 +45,8 @@ def test_names() -> None:
         "ddp_find_unused_parameters_true",
     )
     assert ddp.devices == ("cuda", "cpu")
+    assert fsdp.names() == ("fsdp",)
+    assert fsdp.devices == ("cuda", "cpu")
     (half,) = hooks.torchweft_precisions()
     assert half.names() == ("16-mixed", "16")
 

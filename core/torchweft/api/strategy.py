@@ -134,6 +134,10 @@ class Strategy:
     #: Whether ``loss.backward()`` in place of ``fabric.backward(loss)`` would be wrong.
     owns_backward: ClassVar[bool] = False
 
+    #: Whether a process holds parts of parameters alone, so that ``model.state_dict()`` would be
+    #: less than the model. It is an error then, which names ``fabric.save``.
+    splits_parameters: ClassVar[bool] = False
+
     #: What it cannot do, by a capability of ``CAPABILITIES``, each with its reason and the way
     #: out. The constructor may set it where options decide.
     cannot: Mapping[str, str] = MappingProxyType({})

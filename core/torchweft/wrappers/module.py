@@ -114,6 +114,26 @@ class FabricModule(nn.Module):
         """Compile what a call runs, in place; arguments are those of ``torch.compile``."""
         self.prepared.compile(*args, **kwargs)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """That of the original module. Raises ``Misuse`` where this process holds parts alone."""
+        self.__check_whole("state_dict()", "save")
+        return self.__original.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Into the original module. Raises ``Misuse`` where this process holds parts alone."""
+        self.__check_whole("load_state_dict(…)", "load")
+        return self.__original.load_state_dict(*args, **kwargs)
+
+    def __check_whole(self, call: str, instead: str) -> None:
+        strategy = self.__made_by[0]
+        if strategy.splits_parameters:
+            name = strategy.place.plan.strategy.name
+            raise Misuse(
+                f"model.{call} was called, and with strategy '{name}' this process holds parts of "
+                f"the parameters alone; call fabric.{instead}(path, {{'model': model}}) in every "
+                "process"
+            )
+
     # -- being the original ----------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:

@@ -44,7 +44,14 @@ def torchweft_strategies() -> list[StrategySpec]:
             ),
             # What DistributedDataParallel's constructor and the first backward import.
             preload=("torch.nn.parallel.distributed", "torch._dynamo"),
-        )
+        ),
+        StrategySpec(
+            name="fsdp",
+            target="torchweft_cuda.fsdp:FSDPStrategy",
+            summary="parameters, gradients and optimizer state split between processes",
+            devices=("cuda", "cpu"),
+            preload=("torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo"),
+        ),
     ]
 
 
