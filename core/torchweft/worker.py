@@ -89,6 +89,12 @@ def join(plan: RunPlan, parts: Parts, manager: Manager, environ: Mapping[str, st
             precision=parts.precision,
         )
     )
+    strategy = parts.strategy
+    if vars(strategy).get("place") is None:
+        raise BrokenPlugin(
+            f"{type(strategy).__name__}.start() of strategy '{plan.strategy.name}' did not set "
+            "self.place; it must begin with super().start(place)"
+        )
     live = Live(
         run=Run(
             plan=plan,

@@ -196,6 +196,20 @@ class PassesBarriers(Right):
         self._between = _Passes(place.device)
 
 
+class DiffersFromTheBeginning(Right):
+    """Every rank keeps the parameters that it made."""
+
+    def synchronise(self, tensors: Any) -> None:
+        super().synchronise(t for t in tensors if not isinstance(t, nn.Parameter))
+
+
+class Misspells(Right):
+    """A member that nobody calls."""
+
+    def acumulating(self, module: nn.Module, last: bool) -> Any:
+        """Nothing."""
+
+
 class LetsPlainBackwardThrough(Right):
     """``loss.backward()`` trains without an average."""
 

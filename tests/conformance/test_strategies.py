@@ -19,6 +19,20 @@ class TestDDPThatLooksForUnusedParameters(StrategyConformance):
     strategy = "ddp:find_unused_parameters=true"
 
 
+class TestFSDP(StrategyConformance):
+    strategy = "fsdp"
+
+
+class TestFSDPByParts(StrategyConformance):
+    strategy = "fsdp:policy=Linear"
+    devices = (2,)
+
+
+class TestFSDPInCopies(StrategyConformance):
+    strategy = "fsdp:policy=Linear,replicate=2"
+    devices = (4,)
+
+
 @pytest.mark.gpu
 class TestDDPOnAGPU(StrategyConformance):
     strategy = "ddp"

@@ -17,7 +17,7 @@ WITH = "test_it_trains_with"
 
 #: For each mutant, the tests that are there for its mistake, and words of what they say.
 MISTAKES = {
-    "Sums": ({TRAINS}, "mean of all ranks'"),
+    "Sums": ({TRAINS}, "the number of ranks: summed, and not averaged?"),
     "LeavesBuffers": (
         {"test_all_ranks_evaluate_as_the_checkpoint_does"},
         "parameters and buffers (running statistics too) are the same in every rank",
@@ -41,6 +41,8 @@ MISTAKES = {
         {"test_a_barrier_holds", "test_all_reduce"},
         "passed a barrier before all had come",
     ),
+    "DiffersFromTheBeginning": ({WITH}, "Strategy.setup gives every rank the parameters"),
+    "Misspells": ({"test_no_member_is_misspelt"}, "did you mean 'accumulating'?"),
     "LetsPlainBackwardThrough": (
         {"test_a_plain_backward_is_right_or_refused"},
         "set owns_backward = True",

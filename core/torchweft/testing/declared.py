@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from torchweft.catalog import Catalog, Entry, probe
-from torchweft.errors import TorchweftError
+from torchweft.errors import TorchweftError, did_you_mean
 from torchweft.manager import Manager
 from torchweft.missing import unknown_name
 from torchweft.request import parse_name
 from torchweft.specs import load_target
 
-__all__ = ["Subject", "find"]
+__all__ = ["Subject", "check_attributes", "find"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +52,22 @@ class Subject:
         return load_target(self.entry.spec.target, self.entry.provider)
 
 
+def check_attributes(cls: type) -> None:
+    """Fail where an attribute of a test class is nearly one of the kit's: it would do nothing."""
+    kit = next(each for each in cls.__mro__ if each.__module__.startswith("torchweft.testing."))
+    known = [name for name in dir(kit) if not name.startswith(("_", "test_", "pytest_"))]
+    for name, value in vars(cls).items():
+        if name.startswith(("_", "test_")) or name in known or callable(value):
+            continue
+        near = did_you_mean(name, known)
+        if near:
+            pytest.fail(
+                f"{cls.__name__} has an attribute '{name}', which {kit.__name__} does not know"
+                f"{near} it knows {', '.join(known)}",
+                pytrace=False,
+            )
+
+
 def find(cls: type, kind: str, device: str = "") -> Subject:
     """What the attribute ``kind`` of a conformance class names.
 
@@ -59,6 +75,7 @@ def find(cls: type, kind: str, device: str = "") -> Subject:
     here, with the probe's reason and hint. ``device``: torch's word for the devices that it is
     wanted for, where specs share a name.
     """
+    check_attributes(cls)
     asked = getattr(cls, kind, "")
     if not isinstance(asked, str) or not asked:
         pytest.fail(

@@ -229,16 +229,18 @@ def _stack(folder: Path, rank: int) -> tuple[int, str, str]:
 
 
 def _describe(folder: Path, size: int, left: list[int], timeout: float) -> str:
-    lines = [f"after {timeout:g} s {len(left)} of {size} ranks were not done"]
+    head = [f"after {timeout:g} s {len(left)} of {size} ranks were not done"]
     if not left:
-        lines = [
+        head = [
             f"after {timeout:g} s all {size} ranks were done, and their processes had not ended"
         ]
     for rank in range(size):
         main, _, text = _stack(folder, rank)
         where = standing(main_frames(text, main)) if rank in left else "done"
-        lines.append(f"rank {rank}: {where}")
+        head.append(f"rank {rank}: {where}")
+    lines = list(head)
     for rank in left:
         lines += ["", f"the stacks of rank {rank}, innermost call first:"]
         lines.append(_stack(folder, rank)[2].strip() or "it has written none")
-    return "\n".join(lines)
+    # Said again where the eye is at the end of long output.
+    return "\n".join([*lines, "", *head] if left else lines)

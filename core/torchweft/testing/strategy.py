@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import re
 import tempfile
@@ -17,7 +18,7 @@ from torchweft.api import CAPABILITIES, Strategy
 from torchweft.errors import RankFailed
 from torchweft.fabric import Fabric
 from torchweft.testing import exchanging, failing, resuming
-from torchweft.testing.declared import find
+from torchweft.testing.declared import check_attributes, find
 from torchweft.testing.exchanging import DTYPES, OPS, Exchanged
 from torchweft.testing.models import Samples, build
 from torchweft.testing.ranks import RanksTimeout, run_ranks
@@ -85,6 +86,7 @@ class StrategyKit:
 
     def fabric(self, devices: int) -> Fabric:
         """A Fabric that is never launched, for its plan; skips where there is no such device."""
+        check_attributes(self.cls)
         if not self.cls.strategy:
             pytest.fail(f"{self.cls.__name__} names no strategy; write strategy = 'NAME' in it")
         if devices not in self._plans:
@@ -101,6 +103,12 @@ class StrategyKit:
             "launcher": "forkserver",
         }
 
+    @property
+    def tried(self) -> tuple[int, ...]:
+        """The numbers of devices that the class names; one number is a number too."""
+        devices: Any = self.cls.devices
+        return (devices,) if isinstance(devices, int) else tuple(sorted(devices))
+
     def _check_devices(self, devices: int) -> None:
         """Skip where this machine has no such device, or fewer; never for the strategy's sake."""
         here = find(self.cls, "accelerator")
@@ -109,9 +117,9 @@ class StrategyKit:
 
     def worlds(self) -> tuple[int, ...]:
         """The numbers of devices that it can be asked to use."""
-        smallest = self.fabric(min(self.cls.devices))
+        smallest = self.fabric(min(self.tried))
         one = smallest.plan.strategy.processes == "one"
-        return (1,) if one else tuple(sorted(self.cls.devices))
+        return (1,) if one else self.tried
 
     @property
     def largest(self) -> int:
@@ -121,7 +129,7 @@ class StrategyKit:
     @property
     def cannot(self) -> Mapping[str, str]:
         """What the strategy itself says that it cannot do."""
-        return self.fabric(min(self.cls.devices)).strategy.cannot
+        return self.fabric(min(self.tried)).strategy.cannot
 
     def need(self, *capabilities: str) -> None:
         """Skip, with the strategy's own reason, where it cannot."""
@@ -161,6 +169,19 @@ class StrategyKit:
 
     def train_alone(self, devices: int, case: Case) -> list[Trained]:
         """Each rank's account of one case in a run of its own."""
+        if "hung" in self._answers:
+            pytest.fail(
+                f"not tried: ranks hung before, and would take {self.cls.timeout:g} s each time. "
+                f"{self._answers['hung']}",
+                pytrace=False,
+            )
+        try:
+            return self._train_alone(devices, case)
+        except RanksTimeout as error:
+            self._answers["hung"] = f"{self.name}, {case}: {str(error).partition(chr(10) * 2)[0]}"
+            raise
+
+    def _train_alone(self, devices: int, case: Case) -> list[Trained]:
         with tempfile.TemporaryDirectory(dir=self.folder.name) as folder:
             return [told[0] for told in self.run(devices, train_all, [case], Path(folder))]
 
@@ -190,6 +211,7 @@ class StrategyKit:
             try:
                 answers = self.run(devices, train_all, cases, Path(folder))
             except (RankFailed, RanksTimeout):
+                # Which of them it was is found out with each alone.
                 return {}
         return dict(zip(cases, zip(*answers, strict=True), strict=True))  # type: ignore[arg-type]
 
@@ -198,12 +220,13 @@ class StrategyKit:
         told, among_others = self.trained(devices, case)
         wrong = self.wrong(told, case)
         if wrong and among_others and self._leaks(devices, case):
-            pytest.fail(
-                f"{wrong}. In a run of its own the same model trains right: something of the "
-                "models that were trained before it is left. Keep what belongs to a model or an "
-                "optimizer with it, or declare cannot = {'several_modules': …}"
+            wrong += (
+                ". In a run of its own the same model trains right: something of the models that "
+                "were trained before it is left. Keep what belongs to a model or an optimizer "
+                "with it, or declare cannot = {'several_modules': …}"
             )
-        assert not wrong, wrong
+        if wrong:
+            pytest.fail(wrong, pytrace=False)
 
     def _leaks(self, devices: int, case: Case) -> bool:
         """Whether a case that went wrong among others goes right alone; tried with one of them."""
@@ -221,20 +244,20 @@ class StrategyKit:
             for rank, mine in enumerate(told):
                 loss, right = mine.losses[i], expected.losses[rank][i]
                 if self.far(loss, right):
-                    hint = " after clipping (Strategy.clip)" if case.clip else ""
-                    hint += " of what forward_method ran" if case.method else ""
+                    stepped = any(each is not None for each in expected.steps[:i])
                     return (
                         f"{what}: the loss of micro-batch {i} is {loss:.7g} in rank {rank}, and "
                         f"one process has {right:.7g} on the same batches (tolerance "
-                        f"{self.cls.tolerance:g}): what was stepped before it is not the mean of "
-                        f"all ranks' gradients{hint} (Strategy.backward, .accumulating, .step)"
+                        f"{self.cls.tolerance:g}): {_why(case, stepped)}"
                     )
-                closed = step is not None and case.clip == "norm"
-                if closed and self.far(mine.norms[step or 0], expected.norms[step or 0]):
+                if step is None or case.clip != "norm":
+                    continue
+                norm, whole = mine.norms[step], expected.norms[step]
+                if self.far(norm, whole):
                     return (
-                        f"{what}: clip_gradients returned the norm {mine.norms[step or 0]:.7g} in "
-                        f"rank {rank} behind micro-batch {i}, and the global norm of the mean of "
-                        f"all ranks' gradients is {expected.norms[step or 0]:.7g}; Strategy.clip "
+                        f"{what}: clip_gradients returned the norm {norm:.7g} in rank {rank} "
+                        f"behind micro-batch {i}, and the global norm of the mean of all ranks' "
+                        f"gradients is {whole:.7g}{_ratio(norm, whole, len(told))}; Strategy.clip "
                         "comes after their reduction and returns the norm that one process has"
                     )
         named = dict(expected.model.named_parameters(remove_duplicate=False))
@@ -359,6 +382,21 @@ class StrategyConformance:
                 "(Strategy.shard; its default is right for one process alone)"
             )
 
+    def test_no_member_is_misspelt(self, strategy_kit: StrategyKit) -> None:
+        """A method close to one of the base class's, but not it, would never be called."""
+        cls = type(strategy_kit.fabric(strategy_kit.largest).strategy)
+        members = [name for name in dir(Strategy) if not name.startswith("_")]
+        own = {name for each in cls.__mro__[:-1] for name in vars(each)}
+        for name in sorted(own - set(dir(Strategy))):
+            near = difflib.get_close_matches(name, members, n=1, cutoff=0.8)
+            if near and callable(getattr(cls, name, None)) and not name.startswith("_"):
+                pytest.fail(
+                    f"{cls.__name__}.{name} is no member of Strategy, and so never called; did "
+                    f"you mean '{near[0]}'? A method of its own takes another name, or one with "
+                    "an underscore",
+                    pytrace=False,
+                )
+
     # -- training --------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("case", MATRIX, ids=_label)
@@ -386,7 +424,8 @@ class StrategyConformance:
     def test_a_plain_backward_is_right_or_refused(self, strategy_kit: StrategyKit) -> None:
         """``loss.backward()`` does what ``fabric.backward(loss)`` does, or is an error."""
         case = Case(plain=True)
-        if strategy_kit.fabric(strategy_kit.largest).strategy.owns_backward:
+        fabric = strategy_kit.fabric(strategy_kit.largest)
+        if fabric.strategy.owns_backward or fabric.precision.scales_loss:
             with pytest.raises(RankFailed, match=r"needs fabric\.backward\(loss\) in its place"):
                 strategy_kit.train_alone(strategy_kit.largest, case)
             return
@@ -431,8 +470,8 @@ class StrategyConformance:
         )
         assert len(seen) == padded, (
             f"{strategy_kit.name}: {samples} samples are seen {len(seen)} times in an epoch of "
-            f"{replicas} replicas; a strategy whose processes all see everything has the default "
-            "Strategy.shard, which is right for one process alone"
+            f"{replicas} replicas: every process sees all of them. Strategy.shard says which "
+            "replicas a process feeds; its default is for one process alone"
         )
 
     @pytest.mark.parametrize("trait", ["buffers", "models that differ between ranks"])
@@ -449,12 +488,14 @@ class StrategyConformance:
             right = model.eval()(Samples(case.samples).x)
         for rank, mine in enumerate(told):
             gap = (mine.output - right).abs().max().item()
-            assert not strategy_kit.far(gap, 0.0, right), (
-                f"{strategy_kit.name}: in rank {rank} the trained model evaluates to numbers that "
-                f"are {gap:.3g} away from those of its checkpoint; parameters and buffers (running "
-                "statistics too) are the same in every rank, as those of rank 0 where ranks made "
-                "them differently"
-            )
+            if strategy_kit.far(gap, 0.0, right):
+                pytest.fail(
+                    f"{strategy_kit.name}: in rank {rank} the trained model evaluates to numbers "
+                    f"that are {gap:.3g} away from those of its checkpoint; parameters and buffers "
+                    "(running statistics too) are the same in every rank, as those of rank 0 "
+                    "where ranks made them differently",
+                    pytrace=False,
+                )
 
     # -- collectives -----------------------------------------------------------------------------
 
@@ -647,6 +688,31 @@ class StrategyConformance:
             )
         told = str(late.value)
         assert f"rank {last}: done" in told or f"without an error: rank {last}" in told, told
+
+
+def _why(case: Case, stepped: bool) -> str:
+    """What a loss that is wrong tells, by what had happened before it."""
+    if not stepped:
+        return (
+            "nothing was stepped before it, so that the models differ from the beginning, or the "
+            "forward pass computes something else (Strategy.setup gives every rank the parameters "
+            "and buffers of rank 0)"
+        )
+    hint = " after clipping (Strategy.clip)" if case.clip else ""
+    hint += " of what Strategy.forward_method ran" if case.method else ""
+    return (
+        "what was stepped before it is not the mean of all ranks' gradients"
+        f"{hint} (Strategy.backward, .accumulating, .step)"
+    )
+
+
+def _ratio(norm: float, whole: float, ranks: int) -> str:
+    """What the ratio of two norms gives away."""
+    if ranks > 1 and abs(norm - whole * ranks) < 1e-3 * norm:
+        return f" (it is {ranks} times that, the number of ranks: summed, and not averaged?)"
+    if ranks > 1 and abs(norm * ranks - whole) < 1e-3 * whole:
+        return f" (it is a {ranks}th of that, the number of ranks: averaged twice?)"
+    return ""
 
 
 def _watchdog(kit: StrategyKit) -> float:
