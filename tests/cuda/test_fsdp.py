@@ -29,7 +29,9 @@ def held(fabric):
     return sum(here), sum(grads), sum(state), total
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "fsdp:policy=Linear"])
+@pytest.mark.parametrize(
+    "strategy", ["fsdp", "fsdp:policy=Linear", "fsdp:policy=Linear,reshard_after_forward=false"]
+)
 def test_each_of_two_processes_holds_half_of_everything(strategy):
     for *parts, total in run_ranks(2, held, strategy=strategy):
         assert parts == [total // 2] * 3
@@ -75,6 +77,16 @@ def test_a_policy_that_chooses_nothing_lists_the_classes():
     ) in str(failed.value)
 
 
+@pytest.mark.parametrize("policy", [3, (), (nn.Linear, "Tanh")])
+def test_a_policy_that_is_none(policy):
+    with pytest.raises(InvalidRequest) as refused:
+        FSDPStrategy(policy=policy)
+    assert str(refused.value) == (
+        f"strategy 'fsdp' was given policy={policy!r}; it takes names of classes joined by '+', "
+        "such as policy=Block+Embedding, classes of modules, or a function of a module"
+    )
+
+
 def test_copies_that_do_not_divide_the_processes():
     with pytest.raises(RankFailed) as failed:
         run_ranks(4, wrapped_parts, strategy="fsdp:replicate=3")
@@ -109,6 +121,38 @@ def test_the_state_of_an_optimizer_comes_along():
     for told in run_ranks(2, with_state, strategy="fsdp"):
         for mine, right in zip(told, expected.parameters(), strict=True):
             torch.testing.assert_close(mine, right.detach())
+
+
+def made_after(fabric):
+    """An optimizer of the parameters that setup_module left."""
+    wrapped = fabric.setup_module(model())
+    optimizer = torch.optim.Adam(wrapped.parameters(), lr=0.1)
+    optimizer = fabric.setup_optimizers(optimizer)
+    for _ in range(2):
+        optimizer.zero_grad()
+        fabric.backward(wrapped(torch.ones(2, 8)).sum())
+        optimizer.step()
+    return [p.full_tensor().detach() for p in wrapped.parameters()]
+
+
+def test_an_optimizer_made_after_the_model_was_set_up():
+    expected = model()
+    optimizer = torch.optim.Adam(expected.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        expected(torch.ones(2, 8)).sum().backward()
+        optimizer.step()
+    for told in run_ranks(2, made_after, strategy="fsdp"):
+        for mine, right in zip(told, expected.parameters(), strict=True):
+            torch.testing.assert_close(mine, right.detach())
+
+
+def without_parameters(fabric):
+    return fabric.setup(nn.Tanh())(torch.zeros(2)).tolist()
+
+
+def test_a_model_without_parameters():
+    assert run_ranks(2, without_parameters, strategy="fsdp") == [[0.0, 0.0]] * 2
 
 
 def overflows(fabric, check):

@@ -66,7 +66,7 @@ class FSDPStrategy(Strategy):
         broadcast_buffers: bool = True,
         timeout: float = 1800.0,
     ) -> None:
-        self._policy = policy
+        self._policy = _checked(policy)
         self._reshard = reshard_after_forward
         if replicate < 1:
             raise InvalidRequest(
@@ -202,7 +202,7 @@ class FSDPStrategy(Strategy):
                 _local(grad).clamp_(-clip_val, clip_val)
             return None
         assert max_norm is not None
-        norm = _local_sum(nn.utils.get_total_norm(grads, norm_type))
+        norm = _whole(nn.utils.get_total_norm(grads, norm_type))
         if error_if_nonfinite and not torch.isfinite(norm):
             raise RuntimeError(
                 f"the total norm of order {norm_type} of the gradients is {norm.item()}, so that "
@@ -265,15 +265,31 @@ def _shares(part: nn.Module, module: nn.Module) -> bool:
     )
 
 
+def _checked(policy: Any) -> Any:
+    """The policy, classes as a tuple. Raises ``InvalidRequest`` for what is none."""
+    if policy is None or isinstance(policy, str):
+        return policy
+    if isinstance(policy, type):
+        return (policy,)
+    if callable(policy):
+        return policy
+    classes = tuple(policy) if isinstance(policy, Iterable) else ()
+    if classes and all(isinstance(each, type) for each in classes):
+        return classes
+    raise InvalidRequest(
+        f"strategy 'fsdp' was given policy={policy!r}; it takes names of classes joined by '+', "
+        "such as policy=Block+Embedding, classes of modules, or a function of a module"
+    )
+
+
 def _chooser(policy: Any) -> Callable[[nn.Module], bool]:
     if isinstance(policy, str):
         names = {name.strip() for name in policy.split("+")}
         return lambda module: type(module).__name__ in names
-    if callable(policy) and not isinstance(policy, type):
-        function: Callable[[nn.Module], bool] = policy
-        return function
-    classes = (policy,) if isinstance(policy, type) else tuple(policy)
-    return lambda module: isinstance(module, classes)
+    if isinstance(policy, tuple):
+        return lambda module: isinstance(module, policy)
+    function: Callable[[nn.Module], bool] = policy
+    return function
 
 
 def _local(tensor: Any) -> Any:
@@ -281,7 +297,7 @@ def _local(tensor: Any) -> Any:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def _local_sum(norm: Any) -> Tensor:
+def _whole(norm: Any) -> Tensor:
     """A norm over parts, as a plain number on the device."""
     whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     return whole
