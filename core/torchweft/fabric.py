@@ -338,6 +338,20 @@ class Fabric:
         return self._run("num_replicas").strategy.shard.replicas
 
     @property
+    def mesh(self) -> Any:
+        """The strategy's ``DeviceMesh``, whose dimensions have names: ``fabric.mesh["tensor"]``.
+
+        Raises ``Misuse`` where the strategy has none.
+        """
+        mesh = self._run("mesh").strategy.mesh
+        if mesh is None:
+            raise Misuse(
+                f"fabric.mesh was read, but strategy '{self._plan.strategy.name}' arranges its "
+                "processes in no mesh; fabric.world_size and fabric.global_rank count them"
+            )
+        return mesh
+
+    @property
     def is_global_zero(self) -> bool:
         """Whether this is rank 0."""
         return self.global_rank == 0
@@ -596,7 +610,7 @@ class Fabric:
 
     def init_tensor(self) -> AbstractContextManager[Any]:
         """Around the creation of tensors: right device and dtype from the start."""
-        return self._run("init_tensor()").strategy.init_context(None)
+        return self._run("init_tensor()").strategy.tensor_context()
 
     def to_device(self, value: Any) -> Any:
         """A model, tensor, nested collection or anything with ``.to`` on the device."""
@@ -667,12 +681,13 @@ class Fabric:
         The order of shuffled data in the loaders that are set up afterwards follows ``seed`` too.
         ``per_rank`` gives every rank streams of its own, made from ``seed`` and the rank, so that
         dropout and augmentation differ between ranks; build models before, with equal streams.
+        Ranks that share a replica, as in tensor parallelism, share its streams.
         Called on the class it is ``torchweft.seed_everything``.
         """
         chosen = seed_everything(seed, workers, verbose)
         if per_rank:
-            rank = self._run("seed_everything(per_rank=True)").rank.rank
-            seed_everything(seed_of_rank(chosen, rank))
+            shard = self._run("seed_everything(per_rank=True)").strategy.shard
+            seed_everything(seed_of_rank(chosen, shard.first))
         self._seed = chosen
         return chosen
 
@@ -684,12 +699,15 @@ class Fabric:
         state: Mapping[str, Any],
         filter: Mapping[str, Callable[[str, Any], bool]] | None = None,
     ) -> None:
-        """Write models, optimizers and values to one file; call it in every rank.
+        """Write models, optimizers and values; call it in every rank.
+
+        A path with a suffix becomes one file, which ``torch.load`` reads. A path without one
+        becomes a folder, to which every rank writes its part. Either appears whole or not at all.
 
         ``state``: by name. ``filter``: by name, ``(key, value) -> bool``, what to keep of that
-        part. The file appears whole or not at all, and ``torch.load`` reads it.
+        part; in a file's case ``value`` is a whole tensor, in a folder's one that may be sharded.
 
-        Raises ``CheckpointError``, with the previous file intact.
+        Raises ``CheckpointError``, with what was there before intact.
         """
         from torchweft.checkpoint import save
 
@@ -709,8 +727,9 @@ class Fabric:
     ) -> dict[str, Any]:
         """Fill models, optimizers and anything with ``load_state_dict`` in place.
 
-        Returns what the file holds beyond ``state``; everything, when ``state`` is None. No code
-        from the file is run unless ``weights_only=False``.
+        ``path``: a file or a folder, written by any strategy on any number of devices. Returns
+        what it holds beyond ``state``; everything, when ``state`` is None. No code from it is run
+        unless ``weights_only=False``.
 
         Raises ``CheckpointError``.
         """
@@ -725,7 +744,10 @@ class Fabric:
         strict: bool = True,
         weights_only: bool | None = None,
     ) -> None:
-        """Fill one model or optimizer from a file that holds nothing but its state."""
+        """Fill one model or optimizer from a file that holds nothing but its state.
+
+        Or from a folder that ``torch.distributed.checkpoint.save`` wrote of one.
+        """
         from torchweft.checkpoint import load_raw
 
         load_raw(self._run("load_raw()"), Path(path), obj, strict, weights_only)

@@ -103,7 +103,7 @@ class Setups:
             inside, compile_again = module, lambda prepared: prepared
         converted = run.precision.convert_module(inside)
         if move_to_device:
-            converted = converted.to(run.device)
+            converted = run.strategy.move_module(converted)
         for optimizer in optimizers:
             _follow_parameters(optimizer)
         prepared = run.strategy.setup(converted, optimizers, scheduler)

@@ -11,7 +11,7 @@ from torch import nn
 
 from torchweft import Fabric
 from torchweft.api import Alone, DataShard, Precision, Strategy
-from torchweft.api.strategy import SkipInit, default_dtype
+from torchweft.api.initialising import SkipInit, default_dtype
 
 
 @pytest.fixture

@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.overrides import TorchFunctionMode
 
 from torchweft.api.batch import move_batch
 from torchweft.api.collectives import Alone, Collectives
+from torchweft.api.initialising import SkipInit, default_dtype
 from torchweft.api.place import Place
 from torchweft.api.state import (
     load_named_module_state,
@@ -23,7 +22,7 @@ from torchweft.api.state import (
     named_optimizer_state,
 )
 
-__all__ = ["CAPABILITIES", "DataShard", "Prepared", "Strategy", "default_dtype"]
+__all__ = ["CAPABILITIES", "DataShard", "Prepared", "Strategy"]
 
 
 #: What a strategy may declare in ``cannot``, and what each means. All but the last four are
@@ -51,11 +50,14 @@ class DataShard:
         replicas: how many there are in the whole run.
         first: index of the first one that this process feeds.
         count: how many it feeds; a step of its loader takes this many per-device batches.
+        processes: how many processes share each replica, and are fed the same: more than one
+            where a model's computation is divided between processes.
     """
 
     replicas: int = 1
     first: int = 0
     count: int = 1
+    processes: int = 1
 
 
 @dataclass(slots=True, kw_only=True)
@@ -164,7 +166,29 @@ class Strategy:
         """How many data-parallel replicas there are, and which of them this process feeds."""
         return DataShard()
 
+    @property
+    def mesh(self) -> Any:
+        """The processes as a ``torch.distributed.device_mesh.DeviceMesh`` with named dimensions.
+
+        None where the strategy arranges them in none.
+        """
+        return None
+
     # -- setup -----------------------------------------------------------------------------------
+
+    def move_module(self, module: nn.Module) -> nn.Module:
+        """A module on the device, before ``setup``; not called where the user declined.
+
+        What is on the meta device is filled by the ``reset_parameters`` of its modules. Parameters
+        stay the same objects, since an optimizer may hold them.
+        """
+        device = self.place.device
+        if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+            # Few models are; importing what fills them takes time.
+            from torchweft.api.deferred import materialize
+
+            materialize(module, device)
+        return module.to(device)
 
     def setup(self, module: nn.Module, optimizers: Sequence[Optimizer], scheduler: Any) -> Prepared:
         """Make module and optimizers ready together, in the order given.
@@ -186,11 +210,18 @@ class Strategy:
         ``empty``: leave parameters uninitialised, for a checkpoint to fill.
         """
         with ExitStack() as stack:
+            stack.enter_context(self.tensor_context())
+            if empty:
+                stack.enter_context(SkipInit())
+            yield
+
+    @contextmanager
+    def tensor_context(self) -> Iterator[None]:
+        """Surrounds the creation of tensors: right device, right dtype."""
+        with ExitStack() as stack:
             stack.enter_context(self.place.device)
             if self.place.precision.init_dtype is not None:
                 stack.enter_context(default_dtype(self.place.precision.init_dtype))
-            if empty:
-                stack.enter_context(SkipInit())
             yield
 
     def original(self, module: nn.Module) -> nn.Module:
@@ -293,36 +324,3 @@ class Strategy:
 
         Ignore keys that are not this one's.
         """
-
-
-class SkipInit(TorchFunctionMode):
-    """Leaves parameters as they were allocated, where ``torch.nn.init`` would draw numbers.
-
-    Constants are cheap, and some of its functions for them cannot be intercepted.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        # Either one of torch.nn.init's functions, or what the others of them come down to.
-        if getattr(func, "__module__", "") == "torch.nn.init" or func in _DRAWS:
-            tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]
-            # A buffer may be in no checkpoint and keeps what the module puts into it.
-            if isinstance(tensor, nn.Parameter):
-                return tensor
-        return func(*args, **kwargs)
-
-
-_DRAWS = frozenset({Tensor.uniform_, Tensor.normal_})
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """torch's default floating-point dtype, for the time of a block."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

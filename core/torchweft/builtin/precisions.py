@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from torchweft.api import Precision
+from torchweft.api.initialising import default_dtype
 from torchweft.api.precision import Autocast, convert_floats
-from torchweft.api.strategy import default_dtype
 
 __all__ = ["BFloat16", "BFloat16Mixed", "Double", "Full", "Half"]
 

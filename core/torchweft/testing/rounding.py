@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from torchweft.api import Autocast
-from torchweft.api.strategy import default_dtype
+from torchweft.api.initialising import default_dtype
 from torchweft.errors import TorchweftError
 from torchweft.fabric import Fabric
 from torchweft.testing.models import Samples, build
