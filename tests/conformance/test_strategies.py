@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from tests.conformance.divided import divide
 from torchweft.testing import StrategyConformance
+from torchweft_cuda.fsdp import FSDPStrategy
 
 
 class TestSingleDevice(StrategyConformance):
@@ -31,6 +33,11 @@ class TestFSDPByParts(StrategyConformance):
 class TestFSDPInCopies(StrategyConformance):
     strategy = "fsdp:policy=Linear,replicate=2"
     devices = (4,)
+
+
+class TestFSDPWithDividedLayers(StrategyConformance):
+    strategy = FSDPStrategy(tensor=2, parallelize=divide)
+    devices = (2, 4)
 
 
 @pytest.mark.gpu

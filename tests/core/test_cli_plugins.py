@@ -142,7 +142,7 @@ def test_the_built_in_names_are_listed() -> None:
         ("launcher", "spawn"),
         ("launcher", "torchrun"),
     ]:
-        assert " yes " in line_of(shown, kind, name)
+        assert " yes " in line_of(shown, kind, name, "  torchweft 0.")
 
 
 def test_who_provides_a_name_and_why_it_is_not_here(packages: Path) -> None:

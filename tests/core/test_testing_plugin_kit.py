@@ -32,6 +32,7 @@ def test_what_there_is_to_ask_of_a_plugin() -> None:
         "torchweft_accelerators",
         "torchweft_strategies",
         "torchweft_precisions",
+        "torchweft_check_plan",
     }
 
 

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from importlib.metadata import entry_points
 
-from torchweft import hookspecs
+import pytest
+
+from torchweft import Fabric, hookspecs
 from torchweft.specs import is_target, load_target
 from torchweft_cuda import hooks
 
@@ -24,7 +26,14 @@ def test_everything_declared_can_be_loaded() -> None:
         *hooks.torchweft_strategies(),
         *hooks.torchweft_precisions(),
     ]
-    assert [spec.name for spec in specs] == ["cuda", "ddp", "fsdp", "16-mixed"]
+    assert [spec.name for spec in specs] == [
+        "cuda",
+        "ddp",
+        "fsdp",
+        "bf16-mixed",
+        "16-mixed",
+        "16-mixed",
+    ]
     for spec in specs:
         for target in spec.targets().values():
             assert is_target(target)
@@ -45,10 +54,28 @@ def test_names() -> None:
         "ddp_find_unused_parameters_true",
     )
     assert ddp.devices == ("cuda", "cpu")
-    assert fsdp.names() == ("fsdp",)
+    assert fsdp.names() == ("fsdp", "fsdp_cpu_offload")
     assert fsdp.devices == ("cuda", "cpu")
-    (half,) = hooks.torchweft_precisions()
+    *sharded, half = hooks.torchweft_precisions()
     assert half.names() == ("16-mixed", "16")
+    assert [spec.names() for spec in sharded] == [("bf16-mixed", "bf16"), ("16-mixed", "16")]
+    assert {spec.strategies for spec in sharded} == {("fsdp",)}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "precision", "target"),
+    [
+        ("fsdp", "bf16-mixed", "torchweft_cuda.sharded_precision:ShardedBFloat16Mixed"),
+        ("fsdp", "bf16", "torchweft_cuda.sharded_precision:ShardedBFloat16Mixed"),
+        ("fsdp", "16", "torchweft_cuda.sharded_precision:ShardedHalfMixed"),
+        ("fsdp", "16-true", "torchweft.builtin.precisions:Half"),
+        ("ddp", "bf16", "torchweft.builtin.precisions:BFloat16Mixed"),
+        ("ddp", "16", "torchweft_cuda.half_mixed:HalfMixed"),
+    ],
+)
+def test_sharded_parameters_have_precisions_of_their_own(strategy, precision, target) -> None:
+    fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy, precision=precision)
+    assert fabric.plan.precision.target == target
 
 
 def test_every_hook_has_the_signature_of_its_page() -> None:

@@ -24,6 +24,8 @@ def train_on(
 ) -> dict[str, Any]:
     """The steps before the checkpoint is written and those after it, or the latter alone.
 
+    ``save`` names the checkpoint of one file; without its suffix it names that of a folder.
+
     Returns this process's ``losses`` by step, and in rank 0 the ``names`` and ``shapes`` that the
     checkpoint holds of the model, and the ``states`` by parameter of the optimizer.
     """
@@ -53,7 +55,8 @@ def train_on(
         scheduler.step()
         told["losses"][step] = loss.item()
         if save is not None and step + 1 == SAVED_AT:
-            fabric.save(save, {**objects, "step": SAVED_AT})
+            for path in (save, save.with_suffix("")):
+                fabric.save(path, {**objects, "step": SAVED_AT})
             if fabric.global_rank == 0:
                 told.update(_content(save))
     return told

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from torchweft.api import CAPABILITIES, Strategy
+from torchweft.checkpoint.consolidating import consolidate
 from torchweft.errors import RankFailed
 from torchweft.fabric import Fabric
 from torchweft.testing import exchanging, failing, resuming
@@ -149,7 +150,11 @@ class StrategyKit:
 
     def run(self, devices: int, function: Any, *args: Any, **instead: Any) -> list[Any]:
         """What each rank answers."""
-        self.fabric(devices)
+        # Another strategy in its place may run on a number of devices that this one cannot.
+        if "strategy" in instead:
+            self._check_devices(devices)
+        else:
+            self.fabric(devices)
         arguments = {**self._arguments(), "timeout": self.cls.timeout, "environ": self.cls.environ}
         del arguments["launcher"]
         return run_ranks(devices, function, *args, **{**arguments, **instead})
@@ -287,7 +292,10 @@ class StrategyKit:
     # -- checkpoints -----------------------------------------------------------------------------
 
     def saved(self, devices: int, optimizer: str, single: bool = False) -> tuple[Path, list[Any]]:
-        """A checkpoint of this strategy, or of one process, and what its ranks saw."""
+        """A checkpoint of this strategy, or of one process, and what its ranks saw.
+
+        Beside the file there is a folder, under the same name without the suffix.
+        """
         key = ("saved", devices, optimizer, single)
         if key not in self._answers:
             path = self.path(f"{optimizer}-{devices}-{'single' if single else 'own'}.ckpt")
@@ -368,17 +376,22 @@ class StrategyConformance:
                     strategy_kit.run(strategy_kit.largest, failing.refused, capability)
 
     def test_every_process_feeds_replicas_of_its_own(self, strategy_kit: StrategyKit) -> None:
-        """``shard``: together the processes feed every replica, each once."""
+        """``shard``: together the processes feed every replica, by as many as share it."""
         for devices in strategy_kit.worlds():
             told = strategy_kit.once(devices, _shard_of)
             fed = [replica for shard in told for replica in shard["feeds"]]
             replicas = {shard["replicas"] for shard in told}
-            assert len(replicas) == 1, (
-                f"{strategy_kit.name}: ranks disagree how many replicas there are: {replicas}"
+            sharing = {shard["processes"] for shard in told}
+            assert len(replicas) == len(sharing) == 1, (
+                f"{strategy_kit.name}: ranks disagree how many replicas there are, or by how many "
+                f"processes each is shared: {replicas}, {sharing}"
             )
-            assert sorted(fed) == list(range(replicas.pop())), (
+            by = sharing.pop()
+            aim = sorted(by * list(range(replicas.pop())))
+            assert sorted(fed) == aim, (
                 f"{strategy_kit.name} on {devices} devices: the processes feed the replicas "
-                f"{[shard['feeds'] for shard in told]}; every replica is fed by one process "
+                f"{[shard['feeds'] for shard in told]}; every replica is fed by "
+                f"{by if by > 1 else 'one'} process{'es' if by > 1 else ''} "
                 "(Strategy.shard; its default is right for one process alone)"
             )
 
@@ -462,8 +475,8 @@ class StrategyConformance:
         )
         per_epoch = steps.pop() // case.epochs
         seen = [i for rank in told for batch in rank.seen[:per_epoch] for i in batch]
-        replicas = fabric[0]["replicas"]
-        padded = -(-samples // replicas) * replicas
+        replicas, sharing = fabric[0]["replicas"], fabric[0]["processes"]
+        padded = -(-samples // replicas) * replicas * sharing
         assert sorted(set(seen)) == list(range(samples)), (
             f"{strategy_kit.name}: the samples {sorted(set(range(samples)) - set(seen))} are seen "
             "by no process (Strategy.shard, .move)"
@@ -642,6 +655,39 @@ class StrategyConformance:
         what = f"{optimizer}, saved by single_device, loaded on {strategy_kit.largest} devices"
         strategy_kit.compare(told, optimizer, resuming.SAVED_AT, what)
 
+    def test_it_goes_on_from_its_own_folder(self, strategy_kit: StrategyKit) -> None:
+        """Each rank wrote its part, and reads what it needs, whatever their numbers."""
+        worlds = strategy_kit.worlds()
+        for here, there in zip(worlds, reversed(worlds), strict=True):
+            path, _ = strategy_kit.saved(here, "adamw")
+            told = strategy_kit.loaded(there, "adamw", path.with_suffix(""))
+            what = f"adamw, saved on {here} devices as a folder, loaded on {there}"
+            strategy_kit.compare(told, "adamw", resuming.SAVED_AT, what)
+
+    def test_folders_pass_between_it_and_one_process(self, strategy_kit: StrategyKit) -> None:
+        """Strategy ``single_device`` loads the folder that it saved, and the other way round."""
+        devices = strategy_kit.largest
+        path, _ = strategy_kit.saved(devices, "adamw")
+        told = strategy_kit.loaded(1, "adamw", path.with_suffix(""), single=True)
+        what = f"adamw, saved on {devices} devices as a folder, loaded into single_device"
+        strategy_kit.compare(told, "adamw", resuming.SAVED_AT, what)
+        path, _ = strategy_kit.saved(1, "adamw", single=True)
+        told = strategy_kit.loaded(devices, "adamw", path.with_suffix(""))
+        what = f"adamw, saved by single_device as a folder, loaded on {devices} devices"
+        strategy_kit.compare(told, "adamw", resuming.SAVED_AT, what)
+
+    def test_a_folder_holds_what_the_file_holds(self, strategy_kit: StrategyKit) -> None:
+        """Consolidated, it is the file: names, tensors and everything else."""
+        path, _ = strategy_kit.saved(strategy_kit.largest, "adamw")
+        made = strategy_kit.path("consolidated.ckpt")
+        consolidate(path.with_suffix(""), made)
+        one, other = (torch.load(each, weights_only=True) for each in (path, made))
+        different = [key for key in {**one, **other} if not _same(one.get(key), other.get(key))]
+        assert not different, (
+            f"{strategy_kit.name}: of a checkpoint saved as a folder, {', '.join(different)} "
+            "differs from the one saved as a file; see Strategy.module_state and .optimizer_state"
+        )
+
     # -- failures --------------------------------------------------------------------------------
 
     def test_a_rank_that_raises_ends_the_run(self, strategy_kit: StrategyKit) -> None:
@@ -723,7 +769,7 @@ def _watchdog(kit: StrategyKit) -> float:
 def _shard_of(fabric: Fabric) -> dict[str, Any]:
     shard = fabric.strategy.shard
     feeds = list(range(shard.first, shard.first + shard.count))
-    return {"replicas": shard.replicas, "feeds": feeds}
+    return {"replicas": shard.replicas, "feeds": feeds, "processes": shard.processes}
 
 
 def _exchanged(kit: StrategyKit, dtype: str) -> list[Exchanged]:

@@ -1,15 +1,25 @@
-"""Fully sharded data parallelism, by torch's ``fully_shard``."""
+"""Fully sharded data parallelism, by torch's ``fully_shard``, with tensor parallelism inside."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from functools import wraps
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -23,11 +33,20 @@ from torchweft.api import (
     join_group,
     leave_group,
 )
-from torchweft.errors import InvalidRequest
+from torchweft.api.deferred import Deferred, Pending
+from torchweft.api.initialising import SkipInit
+from torchweft.errors import IncompatiblePlan, InvalidRequest
+from torchweft_cuda.activations import checkpoint_activations
+from torchweft_cuda.mesh import check_sizes, sizes_for
+from torchweft_cuda.parts import Choice, checked, choose, unshared
+from torchweft_cuda.sharded import local, part_of, reduced, total_norm
+from torchweft_cuda.sharded_precision import ShardedMixed
+from torchweft_cuda.tensor_parallel import Parallelize, check_parallelize, divide
 
 __all__ = ["FSDPStrategy"]
 
-Policy = str | Callable[[nn.Module], bool] | Iterable[type[nn.Module]] | None
+#: Bytes that travel together when tensors are sent to all processes, as in torch's own code.
+_TOGETHER = 250 << 20
 
 
 class FSDPStrategy(Strategy):
@@ -35,16 +54,36 @@ class FSDPStrategy(Strategy):
 
     Zhao et al., 2023 (arXiv:2304.11277), in torch's second form, ``fully_shard``. Parameters of a
     part are gathered for its forward and its backward pass, and gradients are scattered as they
-    are reduced. Works between GPUs (nccl) and between CPU processes (gloo).
+    are reduced. Works between GPUs (nccl) and between CPU processes (gloo). A model made under
+    ``fabric.init_module()`` takes memory when it is set up, and of each process its part alone.
+
+    Options that choose modules take names of classes joined by ``"+"``, classes, or a function of
+    a module.
 
     Args:
-        policy: which parts are gathered one by one: names of classes joined by ``"+"``, classes,
-            or a function of a module; None: the model in one piece. What is in no such part is
+        policy: which parts are gathered one by one; ``"auto"``: the outermost modules with at most
+            a quarter of all parameters; None: the model in one piece. What is in no such part is
             gathered with the whole.
         reshard_after_forward: whether a part's parameters are freed between its forward and its
-            backward pass, and gathered again.
+            backward pass, and gathered again; a number: split between so many processes meanwhile.
+            What is gathered with the whole stays until the backward pass, which needs it at once.
+        mixed_precision: a ``torch.distributed.fsdp.MixedPrecisionPolicy``; None: what the
+            precision says.
+        cpu_offload: parameters, gradients and optimizer state are in the host's memory, and go to
+            the device part by part.
+        activation_checkpointing: which modules compute their forward pass again in the backward
+            pass, in place of keeping what they computed.
+        compile: whether each part is compiled by itself, the model where there are none; a dict:
+            arguments of ``torch.compile``.
         replicate: how many copies of the model there are, each split between as many processes as
-            are left: hybrid sharding. 1: the model is split between all processes.
+            are left: hybrid sharding. None: one, or what ``shard`` leaves.
+        shard: between how many processes a copy is split. None: all that are left.
+        tensor: how many processes compute a layer together: tensor parallelism (Shoeybi et al.,
+            2019, arXiv:1909.08053). They are fed the same batches.
+        parallelize: says what is divided by ``tensor``: a function of (model, mesh), a dict of
+            ``torch.distributed.tensor.parallel`` styles by names of modules, in which ``*`` stands
+            for a part of a name, or where one is found, ``"package.module:name"``; None: the
+            method ``parallelize(mesh)`` of the model.
         broadcast_buffers: whether every forward pass starts from the buffers of rank 0.
         timeout: seconds that a collective may take before the run is given up.
     """
@@ -60,34 +99,84 @@ class FSDPStrategy(Strategy):
     def __init__(
         self,
         *,
-        policy: Policy = None,
-        reshard_after_forward: bool = True,
-        replicate: int = 1,
+        policy: Choice = None,
+        reshard_after_forward: bool | int = True,
+        mixed_precision: MixedPrecisionPolicy | None = None,
+        cpu_offload: bool = False,
+        activation_checkpointing: Choice = None,
+        compile: bool | Mapping[str, Any] = False,
+        replicate: int | None = None,
+        shard: int | None = None,
+        tensor: int = 1,
+        parallelize: Parallelize = None,
         broadcast_buffers: bool = True,
         timeout: float = 1800.0,
     ) -> None:
-        self._policy = _checked(policy)
+        self._policy = checked("policy", policy)
+        self._checkpointed = checked("activation_checkpointing", activation_checkpointing)
         self._reshard = reshard_after_forward
-        if replicate < 1:
+        if not isinstance(mixed_precision, MixedPrecisionPolicy | None):
             raise InvalidRequest(
-                f"strategy 'fsdp' was given replicate={replicate}; it counts copies, from 1"
+                f"strategy 'fsdp' was given mixed_precision={mixed_precision!r}; it takes a "
+                "torch.distributed.fsdp.MixedPrecisionPolicy, and precision='bf16-mixed' says the "
+                "usual"
             )
-        self._replicate = replicate
+        self._mixed_precision = mixed_precision
+        self._offload = cpu_offload
+        self._compile: Mapping[str, Any] | None = {} if compile is True else compile or None
+        self._sizes = {"replicate": replicate, "shard": shard, "tensor": tensor}
+        check_sizes(**self._sizes)
+        self._how = check_parallelize(parallelize)
         self._broadcast_buffers = broadcast_buffers
         self._timeout = timeout
 
     # -- life ------------------------------------------------------------------------------------
 
     def start(self, place: Place) -> None:
-        """Join the process group."""
+        """Join the process group, and arrange its processes in a mesh."""
         super().start(place)
-        self._shape = _mesh_shape(place.rank.world_size, self._replicate)
-        self._group = join_group(
-            place, backend=place.accelerator.backend, timeout=timedelta(seconds=self._timeout)
-        )
+        sizes = sizes_for(place.rank.world_size, **self._sizes)
+        self._tensor = sizes.tensor
+        backend = place.accelerator.backend
+        if self._offload and place.device.type != "cpu":
+            # What is on the host is reduced and gathered there.
+            backend = f"cpu:gloo,{place.device.type}:{backend}"
+        self._group = join_group(place, backend=backend, timeout=timedelta(seconds=self._timeout))
         self._collectives = ProcessGroup(place.device)
+        self._mesh = init_device_mesh(place.device.type, sizes.shape, mesh_dim_names=sizes.names)
         self._replaced: Any = WeakIdKeyDictionary()
-        self._mesh: Any = None
+        self._deferred = Deferred()
+        self._shard_options = self._options()
+
+    def _options(self) -> dict[str, Any]:
+        """What ``fully_shard`` is given for every part."""
+        names = self._mesh.mesh_dim_names or ()
+        data = tuple(name for name in names if name != "tensor")
+        on_host = self.place.device.type == "cpu"
+        offload = CPUOffloadPolicy(pin_memory=not on_host) if self._offload else OffloadPolicy()
+        return {
+            "mesh": self._mesh if data == names else self._mesh[data],
+            "mp_policy": self._precision_policy(),
+            "offload_policy": offload,
+        }
+
+    def _precision_policy(self) -> Any:
+        precision = self.place.precision
+        if isinstance(precision, ShardedMixed):
+            policy = MixedPrecisionPolicy(
+                param_dtype=precision.gathers_in, reduce_dtype=torch.float32
+            )
+        else:
+            policy = MixedPrecisionPolicy()
+        if self._mixed_precision is None:
+            return policy
+        if policy != MixedPrecisionPolicy():
+            raise IncompatiblePlan(
+                f"precision '{self.place.plan.precision.name}' and the mixed_precision= of "
+                "strategy 'fsdp' both say in which dtype parameters are gathered; leave one of "
+                "them out"
+            )
+        return self._mixed_precision
 
     def stop(self, failed: bool) -> None:
         """Leave the process group."""
@@ -100,30 +189,79 @@ class FSDPStrategy(Strategy):
 
     @property
     def shard(self) -> DataShard:
-        """One replica per process."""
-        rank = self.place.rank
-        return DataShard(replicas=rank.world_size, first=rank.rank)
+        """One replica per process, or per group of processes that compute layers together."""
+        rank, together = self.place.rank, self._tensor
+        return DataShard(
+            replicas=rank.world_size // together, first=rank.rank // together, processes=together
+        )
+
+    @property
+    def mesh(self) -> Any:
+        """Dimensions, from the outermost: ``"replicate"``, ``"shard"``, ``"tensor"``.
+
+        Without those of size 1, but for ``"shard"``, which is there always.
+        """
+        return self._mesh
 
     # -- setup -----------------------------------------------------------------------------------
 
+    @contextmanager
+    def init_context(self, empty: bool | None = None) -> Iterator[None]:
+        """Modules are made on the meta device, and filled part by part when they are set up."""
+        recording = self._deferred.recording(self.place.precision.init_dtype)
+        with recording, SkipInit() if empty else nullcontext():
+            yield
+
+    def move_module(self, module: nn.Module) -> nn.Module:
+        """The module as it is: it goes to the device part by part, as it is sharded."""
+        return module
+
     def setup(self, module: nn.Module, optimizers: Sequence[Optimizer], scheduler: Any) -> Prepared:
         """Shard the module in place; its parameters become new ones, of which each has a part."""
-        from torch.distributed.fsdp import fully_shard
-
-        self._spread((*module.parameters(), *module.buffers()))
-        before = dict(module.named_parameters())
-        options = {"mesh": self._make_mesh(), "reshard_after_forward": self._reshard}
-        for part in self._parts(module):
-            fully_shard(part, **options)
-        fully_shard(module, **options)
-        after = dict(module.named_parameters())
+        pending = self._deferred.pending(module)
+        before = dict(module.named_parameters(remove_duplicate=False))
+        if self._tensor > 1:
+            # Divided from the first of the processes that compute together, which has rank 0's.
+            self._bring(module.parameters())
+            divide(module, self._mesh, self._how)
+        parts = unshared(choose(module, "policy", self._policy), module)
+        self._change_forward(module, parts)
+        self._shard_parts(module, parts)
+        self._bring(module.buffers())
+        self._fill(module, pending)
+        module.register_forward_hook(_free_after_evaluation)
+        after = dict(module.named_parameters(remove_duplicate=False))
         for name, parameter in before.items():
             self._replaced[parameter] = after[name]
         for optimizer in optimizers:
             self.setup_optimizer(optimizer)
-        if self._broadcast_buffers and any(True for _ in module.buffers()):
-            module.register_forward_pre_hook(lambda module, _: self._spread(module.buffers()))
+        if (send := self._sender(module)) is not None:
+            module.register_forward_pre_hook(lambda *_: send())
         return Prepared(module=module, optimizers=list(optimizers), scheduler=scheduler)
+
+    def _shard_parts(self, module: nn.Module, parts: Sequence[nn.Module]) -> None:
+        """Parts in their order, then the rest of the module."""
+        whole = {id(parameter) for parameter in module.parameters()}
+        options = self._shard_options
+        full = {**options, "mp_policy": MixedPrecisionPolicy()}
+        if options["mp_policy"].param_dtype is not None:
+            # Running statistics stay in 32-bit, and what normalises by them computes in one dtype.
+            norms = [each for each in module.modules() if isinstance(each, _NormBase)]
+            parts = [*norms, *(part for part in parts if part not in norms)]
+        for part in (*parts, module):
+            if self._tensor == 1:
+                self._bring(p for p in part.parameters() if id(p) in whole)
+            # What the last one gathers is needed again at once, by the first of the backward pass.
+            reshard = False if part is module else self._reshard
+            told = full if isinstance(part, _NormBase) else options
+            fully_shard(part, reshard_after_forward=reshard, **told)
+
+    def _change_forward(self, module: nn.Module, parts: Sequence[nn.Module]) -> None:
+        for each in choose(module, "activation_checkpointing", self._checkpointed):
+            checkpoint_activations(each)
+        if self._compile is not None:
+            for each in parts or [module]:
+                each.compile(**self._compile)
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
         """Put the sharded parameters in the place of those that the optimizer was made with."""
@@ -137,40 +275,49 @@ class FSDPStrategy(Strategy):
                     optimizer.state[new] = _as_sharded(optimizer.state.pop(old), new)
         return optimizer
 
-    def _make_mesh(self) -> Any:
-        if self._mesh is None:
-            from torch.distributed.device_mesh import init_device_mesh
+    def _bring(self, tensors: Iterable[Tensor]) -> None:
+        """Tensors to the device, with the values of rank 0; what has none yet stays as it is."""
+        real = [tensor for tensor in tensors if not tensor.is_meta]
+        for tensor in real:
+            if tensor.device != self.place.device:
+                tensor.data = tensor.data.to(self.place.device)
+        self._send(real)
 
-            names = ("replicate", "shard")[-len(self._shape) :]
-            self._mesh = init_device_mesh(self.place.device.type, self._shape, mesh_dim_names=names)
-        return self._mesh
-
-    def _parts(self, module: nn.Module) -> list[nn.Module]:
-        """What the policy chooses, inner modules before those around them."""
-        if self._policy is None:
-            return []
-        chooses = _chooser(self._policy)
-        inner = [each for each in module.modules() if each is not module]
-        chosen = [each for each in inner if chooses(each)]
-        if not chosen:
-            classes = sorted({type(each).__name__ for each in inner})
-            raise InvalidRequest(
-                f"strategy 'fsdp' was given the policy {self._policy!r}, which chooses no part of "
-                f"{type(module).__name__}; its modules are of the classes {', '.join(classes)}"
-            )
-        # A parameter with a second name elsewhere is gathered with the whole, for both.
-        return [part for part in reversed(chosen) if not _shares(part, module)]
-
-    def _spread(self, tensors: Iterable[Tensor]) -> None:
-        if dist.get_world_size() == 1:
+    def _send(self, tensors: Iterable[Tensor]) -> None:
+        """The values of rank 0 to all, in place."""
+        if self.place.rank.world_size == 1:
             return
         with torch.no_grad():
-            for tensor in tensors:
-                held = tensor.detach()
-                sent = held.contiguous()
-                dist.broadcast(sent, src=0)
-                if sent is not held:
-                    held.copy_(sent)
+            group: Any = dist.group.WORLD
+            sent = [tensor.detach() for tensor in tensors]
+            if sent:
+                dist._broadcast_coalesced(group, sent, _TOGETHER, 0)  # type: ignore[attr-defined]
+
+    def _fill(self, module: nn.Module, pending: Pending) -> None:
+        """Give what is on the meta device memory, and the values that its construction gives."""
+        parameters = {id(parameter) for parameter in module.parameters()}
+        of_parameters = torch.device("cpu") if self._offload else self.place.device
+
+        def allocate(tensor: Tensor) -> Tensor:
+            if not tensor.is_meta:
+                return tensor
+            device = of_parameters if id(tensor) in parameters else self.place.device
+            return torch.empty_like(tensor, device=device)
+
+        if pending.names:
+            module._apply(allocate)  # type: ignore[no-untyped-call]
+        buffers, own = module.named_buffers, module.named_parameters
+        named = dict([*buffers(remove_duplicate=False), *own(remove_duplicate=False)])
+
+        def settle(names: tuple[str, ...], whole: Tensor) -> None:
+            # Seeds may differ between the processes; the values of rank 0 count. Sent as it is,
+            # since every other way would need the memory once more.
+            if self.place.rank.world_size > 1:
+                dist.broadcast(whole, src=0)
+            target = named[names[0]].detach()
+            local(target).copy_(local(part_of(whole, target)))
+
+        pending.fill(self.place.device, settle)
 
     # -- the step --------------------------------------------------------------------------------
 
@@ -184,6 +331,7 @@ class FSDPStrategy(Strategy):
         finally:
             sharded.set_requires_gradient_sync(True)
 
+    @torch.no_grad()  # what a process holds is then its own to change, without a way back
     def clip(
         self,
         module: nn.Module,
@@ -196,29 +344,52 @@ class FSDPStrategy(Strategy):
     ) -> Tensor | None:
         """By value part by part, or by the norm of all parts of all processes."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        grads = [p.grad for p in parameters if p.grad is not None]
+        grads = [reduced(p.grad) for p in parameters if p.grad is not None]
+        held = [local(grad) for grad in grads]
         if clip_val is not None:
-            for grad in grads:
-                _local(grad).clamp_(-clip_val, clip_val)
+            torch._foreach_clamp_min_(held, -clip_val)
+            torch._foreach_clamp_max_(held, clip_val)
             return None
         assert max_norm is not None
-        norm = _whole(nn.utils.get_total_norm(grads, norm_type))
+        norm = total_norm(grads, float(norm_type), self.place.device)
         if error_if_nonfinite and not torch.isfinite(norm):
             raise RuntimeError(
                 f"the total norm of order {norm_type} of the gradients is {norm.item()}, so that "
                 "they cannot be clipped; pass error_if_nonfinite=False to go on all the same"
             )
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for grad in grads:
-            _local(grad).mul_(scale)
+        if held:
+            torch._foreach_mul_(held, scale.to(held[0].device))
         return norm
 
     def forward_method(self, module: nn.Module, name: str) -> Callable[..., Any]:
-        """The method, with parameters gathered as for ``forward``."""
-        from torch.distributed.fsdp import register_fsdp_forward_method
-
+        """The method, with parameters gathered and buffers sent as for ``forward``."""
         register_fsdp_forward_method(module, name)
-        return super().forward_method(module, name)
+        method = super().forward_method(module, name)
+        send = self._sender(module)
+
+        @wraps(method)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if send is not None:
+                send()
+            output = method(*args, **kwargs)
+            _free_after_evaluation(module)
+            return output
+
+        return run
+
+    def _sender(self, module: nn.Module) -> Callable[[], None] | None:
+        """What sends the buffers of rank 0, where there are any to be sent."""
+        # The modules are looked for once; their buffers may be replaced at any time.
+        owners = [each for each in module.modules() if each._buffers]
+        if not owners or not self._broadcast_buffers or self.place.rank.world_size == 1:
+            return None
+
+        def send() -> None:
+            found = [buffer for each in owners for buffer in each._buffers.values()]
+            self._send(buffer for buffer in found if buffer is not None)
+
+        return send
 
     # -- state -----------------------------------------------------------------------------------
 
@@ -228,7 +399,7 @@ class FSDPStrategy(Strategy):
         """Each process takes its parts of the tensors."""
         own = module.state_dict()
         parts = {
-            name: _part_of(value, own[name]) if name in own else value
+            name: part_of(value, own[name]) if name in own else value
             for name, value in state.items()
         }
         super().load_module_state(module, parts, strict)
@@ -242,79 +413,11 @@ class FSDPStrategy(Strategy):
             optimizer.state[parameter] = _as_sharded(held, parameter)
 
 
-def _mesh_shape(processes: int, replicate: int) -> tuple[int, ...]:
-    if processes % replicate:
-        fitting = [str(n) for n in range(1, processes + 1) if processes % n == 0]
-        raise InvalidRequest(
-            f"strategy 'fsdp' was given replicate={replicate}, and the {processes} processes of "
-            f"the run cannot be divided into {replicate} equal parts; write replicate={fitting[0]}"
-            f"{''.join(f', {n}' for n in fitting[1:-1])} or {fitting[-1]}"
-        )
-    return (processes,) if replicate == 1 else (replicate, processes // replicate)
-
-
-def _shares(part: nn.Module, module: nn.Module) -> bool:
-    """Whether a parameter of ``part`` is one of a module outside of it too."""
-    inside = set(part.modules())
-    held = {id(parameter) for parameter in part.parameters()}
-    return any(
-        id(parameter) in held
-        for each in module.modules()
-        if each not in inside
-        for parameter in each.parameters(recurse=False)
-    )
-
-
-def _checked(policy: Any) -> Any:
-    """The policy, classes as a tuple. Raises ``InvalidRequest`` for what is none."""
-    if policy is None or isinstance(policy, str):
-        return policy
-    if isinstance(policy, type):
-        return (policy,)
-    if callable(policy):
-        return policy
-    classes = tuple(policy) if isinstance(policy, Iterable) else ()
-    if classes and all(isinstance(each, type) for each in classes):
-        return classes
-    raise InvalidRequest(
-        f"strategy 'fsdp' was given policy={policy!r}; it takes names of classes joined by '+', "
-        "such as policy=Block+Embedding, classes of modules, or a function of a module"
-    )
-
-
-def _chooser(policy: Any) -> Callable[[nn.Module], bool]:
-    if isinstance(policy, str):
-        names = {name.strip() for name in policy.split("+")}
-        return lambda module: type(module).__name__ in names
-    if isinstance(policy, tuple):
-        return lambda module: isinstance(module, policy)
-    function: Callable[[nn.Module], bool] = policy
-    return function
-
-
-def _local(tensor: Any) -> Any:
-    """What this process holds of a sharded tensor."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def _whole(norm: Any) -> Tensor:
-    """A norm over parts, as a plain number on the device."""
-    whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    return whole
-
-
-def _part_of(value: Any, like: Any) -> Any:
-    """This process's part of a whole tensor, as ``like`` is sharded; everything else as it is."""
-    if not hasattr(like, "device_mesh") or not isinstance(value, Tensor):
-        return value
-    if hasattr(value, "device_mesh") or value.shape != like.shape:
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    # Every process has the whole; nothing need be sent.
-    whole = value.detach().to(like.device)
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+def _free_after_evaluation(module: Any, *_: Any) -> None:
+    """Free what a forward pass gathered for a backward pass that will not come."""
+    if not torch.is_grad_enabled():
+        module.reshard()
 
 
 def _as_sharded(state: Mapping[str, Any], parameter: Any) -> dict[str, Any]:
-    return {key: _part_of(value, parameter) for key, value in state.items()}
+    return {key: part_of(value, parameter) for key, value in state.items()}

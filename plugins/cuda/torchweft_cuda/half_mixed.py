@@ -57,11 +57,15 @@ class HalfMixed(Autocast):
     def start(self, device: torch.device) -> None:
         """Make the scaler for the device."""
         super().start(device)
-        self.scaler = torch.amp.GradScaler(device.type, **self._options)  # type: ignore[arg-type]
+        self.scaler = self.make_scaler(device)
         self._stepped = False
         self._backwards = 0
         # By optimizer whose gradients are true at present: at which backward they became so.
         self._true: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+
+    def make_scaler(self, device: torch.device) -> Any:
+        """torch's own scaler for a kind of device, with the options given."""
+        return torch.amp.GradScaler(device.type, **self._options)  # type: ignore[arg-type]
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss times the current scale."""

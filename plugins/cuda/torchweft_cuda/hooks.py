@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from torchweft.errors import InvalidRequest
 from torchweft.hookspecs import hookimpl
 from torchweft.specs import AcceleratorSpec, PrecisionSpec, Preset, StrategySpec
+from torchweft_cuda.mesh import sizes_for
+
+if TYPE_CHECKING:
+    from torchweft.api import RunPlan
+
+_FSDP = "torchweft_cuda.fsdp:FSDPStrategy"
 
 
 @hookimpl
@@ -47,9 +56,11 @@ def torchweft_strategies() -> list[StrategySpec]:
         ),
         StrategySpec(
             name="fsdp",
-            target="torchweft_cuda.fsdp:FSDPStrategy",
-            summary="parameters, gradients and optimizer state split between processes",
+            target=_FSDP,
+            summary="parameters, gradients and optimizer state split between processes, "
+            "and layers too (fully_shard)",
             devices=("cuda", "cpu"),
+            presets=(Preset(alias="fsdp_cpu_offload", options={"cpu_offload": True}),),
             preload=("torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo"),
         ),
     ]
@@ -57,13 +68,44 @@ def torchweft_strategies() -> list[StrategySpec]:
 
 @hookimpl
 def torchweft_precisions() -> list[PrecisionSpec]:
-    """Mixed precision with a loss scaler."""
+    """Mixed precision with a loss scaler, and those of sharded parameters."""
     return [
+        PrecisionSpec(
+            name="bf16-mixed",
+            target="torchweft_cuda.sharded_precision:ShardedBFloat16Mixed",
+            aliases=("bf16",),
+            summary="with fsdp: parameters in 32-bit, gathered in bfloat16",
+            devices=("cuda", "cpu"),
+            strategies=("fsdp",),
+        ),
+        PrecisionSpec(
+            name="16-mixed",
+            target="torchweft_cuda.sharded_precision:ShardedHalfMixed",
+            aliases=("16",),
+            summary="with fsdp: parameters in 32-bit, gathered in float16, with a loss scaler",
+            devices=("cuda", "cpu"),
+            strategies=("fsdp",),
+        ),
         PrecisionSpec(
             name="16-mixed",
             target="torchweft_cuda.half_mixed:HalfMixed",
             aliases=("16",),
             summary="parameters in 32-bit, computation in float16, with a loss scaler",
             devices=("cuda", "cpu"),
-        )
+        ),
     ]
+
+
+@hookimpl
+def torchweft_check_plan(plan: RunPlan) -> list[str]:
+    """Whether the sizes that ``fsdp`` was given fit the number of processes."""
+    options = plan.options.get("strategy", {})
+    # How many nodes an elastic run will have is not known yet.
+    if plan.strategy.target != _FSDP or not isinstance(plan.topology.num_nodes, int):
+        return []
+    sizes = {name: options.get(name) for name in ("replicate", "shard", "tensor")}
+    try:
+        sizes_for(plan.topology.world_size, **sizes)
+    except InvalidRequest as error:
+        return [str(error)]
+    return []
