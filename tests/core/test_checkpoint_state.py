@@ -24,7 +24,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, lr_scheduler
 from torchweft.api import Place, Precision, RankInfo, Rendezvous, RunPlan, Strategy
 from torchweft.builtin.cpu import CPU
 from torchweft.checkpoint.file import read, write
-from torchweft.checkpoint.state import collect, restore
+from torchweft.checkpoint.restoring import restore
+from torchweft.checkpoint.state import collect
 from torchweft.errors import CheckpointError, InvalidRequest
 from torchweft.wrappers import FabricModule, wrap_optimizer
 

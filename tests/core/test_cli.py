@@ -77,6 +77,7 @@ def test_the_help_lists_the_commands() -> None:
         "run         Run a training script on one or many processes.",
         "plan        Show what would be decided for a run, and why.",
         "plugins     List everything that can be chosen by name.",
+        "checkpoint  Look into a checkpoint, or write it in another form.",
         "completion  Print the shell's completion script.",
         "new         Write a package to start a backend from.",
         "doctor      Look for what is wrong on this computer.",
@@ -84,7 +85,7 @@ def test_the_help_lists_the_commands() -> None:
         assert line in done.stdout
 
 
-@pytest.mark.parametrize("name", ["run", "plan", "plugins", "new", "doctor"])
+@pytest.mark.parametrize("name", ["run", "plan", "plugins", "checkpoint", "new", "doctor"])
 def test_every_command_has_a_help(name: str) -> None:
     done = command(name, "--help")
     assert done.returncode == 0
@@ -97,10 +98,10 @@ def test_the_help_imports_no_command() -> None:
     assert not {"torch", "rich", "torchweft.manager"} & imported
 
 
-@pytest.mark.parametrize("name", ["run", "plan", "plugins", "new", "doctor"])
+@pytest.mark.parametrize("name", ["run", "plan", "plugins", "checkpoint", "new", "doctor"])
 def test_a_command_imports_no_other_and_no_torch_for_its_help(name: str) -> None:
     imported = imported_by(name, "--help")
-    commands = {"run", "plan", "plugins", "new", "doctor"}
+    commands = {"run", "plan", "plugins", "checkpoint", "new", "doctor"}
     assert {c for c in commands if f"torchweft.cli.{c}" in imported} == {name}
     assert not {"torch", "rich"} & imported
 
@@ -110,7 +111,7 @@ def test_an_unknown_command_names_the_nearest() -> None:
     assert done.returncode == 2
     assert (
         "no command is called 'plugin'; did you mean 'plugins'? known: run, plan, plugins, "
-        "logs, completion, new, doctor"
+        "logs, checkpoint, completion, new, doctor"
     ) in done.stderr
 
 

@@ -27,8 +27,8 @@ def test_models_optimizers_and_schedulers_deep_in_the_state(tmp_path: Path) -> N
     optimizer.step()
     scheduler.step()
     state = {"nets": {"generator": model, "all": [model]}, "rest": [optimizer, {"s": scheduler}]}
-    fabric.save(tmp_path / "file", state)
-    raw = torch.load(tmp_path / "file", weights_only=True)
+    fabric.save(tmp_path / "file.ckpt", state)
+    raw = torch.load(tmp_path / "file.ckpt", weights_only=True)
     assert torch.equal(raw["nets"]["generator"]["weight"], model.weight)
 
     model2, optimizer2, scheduler2 = set_up(fabric)
@@ -36,7 +36,7 @@ def test_models_optimizers_and_schedulers_deep_in_the_state(tmp_path: Path) -> N
         "nets": {"generator": model2, "all": [model2]},
         "rest": [optimizer2, {"s": scheduler2}],
     }
-    assert fabric.load(tmp_path / "file", state2) == {}
+    assert fabric.load(tmp_path / "file.ckpt", state2) == {}
     assert state2["rest"][1]["s"] is scheduler2
     assert torch.equal(model2.weight, model.weight)
     assert (scheduler2.last_epoch, optimizer2.param_groups[0]["lr"]) == (1, 0.05)

@@ -7,8 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torchweft.api import Run
-from torchweft.checkpoint.file import read, write
-from torchweft.checkpoint.state import collect, restore
+from torchweft.checkpoint.file import write
+from torchweft.checkpoint.folder import is_folder_path, save_folder
+from torchweft.checkpoint.opening import open_checkpoint
+from torchweft.checkpoint.restoring import restore
+from torchweft.checkpoint.state import collect
 from torchweft.errors import CheckpointError
 
 __all__ = ["load", "load_raw", "save"]
@@ -20,11 +23,24 @@ def save(
     state: Mapping[str, Any],
     filter: Mapping[str, Callable[[str, Any], bool]] | None = None,
 ) -> None:
-    """Write ``state`` to ``path`` from rank 0; returns in every rank when the file is there.
+    """Write ``state`` to ``path``; returns in every rank when it is there.
 
-    Raises ``CheckpointError`` in every rank when it could not be written, the file that was there
-    being as it was.
+    Rank 0 writes one file, or, where the path has no suffix, every rank its part of a folder.
+    Raises ``CheckpointError`` in every rank when it could not be written, what was there being as
+    it was.
     """
+    if is_folder_path(path):
+        save_folder(run, path, state, filter)
+    else:
+        _save_file(run, path, state, filter)
+
+
+def _save_file(
+    run: Run,
+    path: str | os.PathLike[str],
+    state: Mapping[str, Any],
+    filter: Mapping[str, Callable[[str, Any], bool]] | None,
+) -> None:
     is_writer = run.rank.rank == 0
     content = collect(
         state,
@@ -70,6 +86,8 @@ def load_raw(
 ) -> None:
     """Fill one model or optimizer from a file that holds nothing but its state.
 
+    Or from a folder, of those that torch.distributed.checkpoint writes.
+
     Raises ``CheckpointError`` with the path.
     """
     _load(run, path, obj, strict, weights_only)
@@ -82,10 +100,15 @@ def _load(
     strict: bool,
     weights_only: bool | None,
 ) -> dict[str, Any]:
-    content = read(path, weights_only=weights_only is not False)
+    content, source = open_checkpoint(path, weights_only is not False)
     try:
         return restore(
-            content, state, strategy=run.strategy, precision=run.precision, strict=strict
+            content,
+            state,
+            strategy=run.strategy,
+            precision=run.precision,
+            strict=strict,
+            source=source,
         )
     except CheckpointError as error:
         raise CheckpointError(f"'{os.path.abspath(path)}': {error}") from error

@@ -19,7 +19,16 @@ import torch
 from torchweft.checkpoint.plain import check_loadable, without_numpy_scalars
 from torchweft.errors import CheckpointError
 
-__all__ = ["read", "write"]
+__all__ = [
+    "beside",
+    "check_address",
+    "existing",
+    "first_line",
+    "read",
+    "reason",
+    "sync_folder",
+    "write",
+]
 
 _SHOWN = 8
 
@@ -45,7 +54,7 @@ def write(path: str | os.PathLike[str], content: Any) -> None:
         content = without_numpy_scalars(content)
         check_loadable(content)
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        with _beside(target) as file:
+        with beside(target) as file:
             torch.save(content, file)
             file.flush()
             _check_written(file.name, content)
@@ -55,20 +64,15 @@ def write(path: str | os.PathLike[str], content: Any) -> None:
         raise CheckpointError(f"cannot save to '{shown}': {error}") from error.__cause__
     except Exception as error:
         kept = "; the file that was there is as it was" if os.path.isfile(target) else ""
-        raise CheckpointError(f"cannot save to '{shown}': {_reason(error)}{kept}") from error
+        raise CheckpointError(f"cannot save to '{shown}': {reason(error)}{kept}") from error
     # Some network file systems refuse this, and the file is whole without it.
     with suppress(OSError):
-        _sync_folder(os.path.dirname(target))
+        sync_folder(os.path.dirname(target))
 
 
 def _check_target(path: str | os.PathLike[str], target: str) -> None:
     """Refuse what is not a path, and what a rename must not replace."""
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", os.fspath(path))
-    if scheme and not os.path.exists(f"{scheme[1]}:"):
-        raise CheckpointError(
-            f"'{scheme[1]}:' begins an address; only paths of this machine's file systems are "
-            "written"
-        )
+    check_address(path)
     if target.endswith(".safetensors"):
         raise CheckpointError(
             "torch.load reads files of that suffix as another format; use '.ckpt' or '.pt'"
@@ -83,8 +87,18 @@ def _check_target(path: str | os.PathLike[str], target: str) -> None:
         raise CheckpointError("it is a device, a pipe or a socket, not a file")
 
 
+def check_address(path: str | os.PathLike[str]) -> None:
+    """Refuse what is the address of something that is not in a file system."""
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", os.fspath(path))
+    if scheme and not os.path.exists(f"{scheme[1]}:"):
+        raise CheckpointError(
+            f"'{scheme[1]}:' begins an address; only paths of this machine's file systems are "
+            "written"
+        )
+
+
 @contextmanager
-def _beside(target: str) -> Iterator[BinaryIO]:
+def beside(target: str) -> Iterator[BinaryIO]:
     """An open file in the target's folder that is gone afterwards, unless it was renamed."""
     folder, name = os.path.split(target)
     # Cut, since the longest allowed name leaves no room for an ending.
@@ -137,7 +151,8 @@ def _check_written(name: str, content: Any) -> None:
         raise
 
 
-def _sync_folder(folder: str) -> None:
+def sync_folder(folder: str) -> None:
+    """Flush the names in a folder to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -145,26 +160,27 @@ def _sync_folder(folder: str) -> None:
         os.close(descriptor)
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """What the operating system said, where it did: torch's writer raises its own error last."""
     found: BaseException | None = error
     while found is not None:
         if isinstance(found, FileExistsError | NotADirectoryError):
-            return f"'{_existing(found.filename)}' is not a folder"
+            return f"'{existing(found.filename)}' is not a folder"
         if isinstance(found, OSError) and found.strerror:
             return found.strerror
         found = found.__cause__ or found.__context__
-    return _first_line(error)
+    return first_line(error)
 
 
-def _existing(path: str) -> str:
+def existing(path: str) -> str:
     """The path, or the nearest folder above it that there is."""
     while not os.path.exists(path):
         path = os.path.dirname(path)
     return path
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """An error's class, and what it says happened."""
     # torch puts general advice before what happened.
     lines = str(error).rpartition("WeightsUnpickler error:")[2].strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
@@ -174,11 +190,16 @@ def _first_line(error: BaseException) -> str:
 
 
 def read(
-    path: str | os.PathLike[str], *, weights_only: bool = True, map_location: Any = "cpu"
+    path: str | os.PathLike[str],
+    *,
+    weights_only: bool = True,
+    map_location: Any = "cpu",
+    mapped: bool = False,
 ) -> Any:
     """What ``torch.save`` wrote to ``path``, tensors at ``map_location``.
 
-    Files of torch before 1.6 are read too. ``weights_only=False`` runs code that the file names.
+    Files of torch before 1.6 are read too. ``mapped``: tensors are read from the disk once they
+    are used, where the file's form allows it. ``weights_only=False`` runs code that the file names.
 
     Raises:
         CheckpointError: when there is no such file, when it is truncated or no checkpoint, or
@@ -187,7 +208,10 @@ def read(
     shown = os.path.abspath(path)
     head = _head(shown)
     try:
-        return torch.load(shown, map_location=map_location, weights_only=weights_only)
+        mapped = mapped and zipfile.is_zipfile(shown)
+        return torch.load(
+            shown, map_location=map_location, weights_only=weights_only, mmap=mapped or None
+        )
     except MemoryError:
         raise
     except Exception as error:
@@ -211,7 +235,7 @@ def _head(path: str) -> bytes:
 
 def _nearby(path: str) -> str:
     folder, name = os.path.split(path)
-    above = _existing(folder)
+    above = existing(folder)
     if not os.path.isdir(above):
         return f"'{above}' is not a folder"
     if above != folder:
@@ -252,9 +276,9 @@ def _explain(path: str, head: bytes, error: Exception, weights_only: bool) -> st
             "these alone with torch.serialization.add_safe_globals()"
         )
     if isinstance(error, ImportError | AttributeError) and not weights_only:
-        return f"'{path}' holds objects of a class that is not here: {_first_line(error)}"
+        return f"'{path}' holds objects of a class that is not here: {first_line(error)}"
     return (
-        f"'{path}' cannot be read as a checkpoint: {_first_line(error)}; it may be damaged, or "
+        f"'{path}' cannot be read as a checkpoint: {first_line(error)}; it may be damaged, or "
         "written by something other than torch.save"
     )
 

@@ -25,6 +25,10 @@ _COMMANDS: Mapping[str, tuple[str, str]] = {
     "plan": ("torchweft.cli.plan:plan", "Show what would be decided for a run, and why."),
     "plugins": ("torchweft.cli.plugins:plugins", "List everything that can be chosen by name."),
     "logs": ("torchweft.cli.logs:logs", "Show what the loggers of a run wrote."),
+    "checkpoint": (
+        "torchweft.cli.checkpoint:checkpoint",
+        "Look into a checkpoint, or write it in another form.",
+    ),
     "completion": ("torchweft.cli.completion:completion", "Print the shell's completion script."),
     "new": ("torchweft.cli.new:new", "Write a package to start a backend from."),
     "doctor": ("torchweft.cli.doctor:doctor", "Look for what is wrong on this computer."),

@@ -1,0 +1,127 @@
+"""What a checkpoint holds, for a person or a program that asks; its tensors stay on the disk."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from torchweft.checkpoint.opening import open_checkpoint
+from torchweft.checkpoint.reading import Folder
+from torchweft.checkpoint.state import RESERVED
+
+__all__ = ["describe", "is_model"]
+
+_SHOWN = 8
+
+
+def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A file or a folder, by plain values that can be written as JSON.
+
+    Raises ``CheckpointError`` where none is.
+    """
+    content, source = open_checkpoint(path, mapped=True)
+    manifest = source.manifest if isinstance(source, Folder) else None
+    names = ("torchweft", "torch", "world_size", "strategy", "precision", "format")
+    return {
+        "path": os.fspath(path),
+        "form": "folder" if isinstance(source, Folder) else "file",
+        "bytes": sum(_sizes(os.fspath(path))),
+        **{name: None if manifest is None else getattr(manifest, name) for name in names},
+        "parts": [_part(key, value) for key, value in _items(content)],
+    }
+
+
+def is_model(value: Any) -> bool:
+    """Whether it is what a model's ``state_dict()`` gives."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        return False
+    if hasattr(value, "_metadata"):
+        return True
+    return bool(value) and all(isinstance(each, Tensor) for each in value.values())
+
+
+def _sizes(path: str) -> Iterator[int]:
+    if os.path.isdir(path):
+        for entry in os.scandir(path):
+            yield entry.stat().st_size
+    else:
+        yield os.path.getsize(path)
+
+
+def _items(content: Any) -> list[tuple[str, Any]]:
+    """Its parts; a file may also be one part alone."""
+    alone = not isinstance(content, Mapping) or is_model(content) or _is_optimizer(content)
+    if alone:
+        return [("", content)]
+    return [(str(key), value) for key, value in content.items() if key != RESERVED]
+
+
+def _part(key: str, value: Any) -> dict[str, Any]:
+    if is_model(value):
+        tensors = [(name, each) for name, each in value.items() if isinstance(each, Tensor)]
+        kind = "model" if hasattr(value, "_metadata") else "tensors"
+        return {"key": key, "kind": kind, **_tensors(tensors)}
+    if _is_optimizer(value):
+        states = value["state"]
+        tensors = [
+            (f"{parameter}.{name}", each)
+            for parameter, held in states.items()
+            if isinstance(held, Mapping)
+            for name, each in held.items()
+            if isinstance(each, Tensor)
+        ]
+        rates = [group["lr"] for group in value["param_groups"] if "lr" in group]
+        return {
+            "key": key,
+            "kind": "optimizer",
+            **_tensors(tensors),
+            "groups": len(value["param_groups"]),
+            "lr": [rate.item() if isinstance(rate, Tensor) else rate for rate in rates],
+            "state": sorted({name.rpartition(".")[2] for name, _ in tensors}),
+        }
+    return {"key": key, "kind": "value", "value": _shown(value)}
+
+
+def _is_optimizer(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and isinstance(value.get("state"), Mapping)
+        and isinstance(value.get("param_groups"), list)
+    )
+
+
+def _tensors(named: list[tuple[str, Tensor]]) -> dict[str, Any]:
+    dtypes = Counter(_dtype(each) for _, each in named)
+    return {
+        "count": len(named),
+        "elements": sum(each.numel() for _, each in named),
+        "bytes": sum(each.numel() * each.element_size() for _, each in named),
+        "dtypes": dict(sorted(dtypes.items())),
+        "tensors": [
+            {"name": name, "shape": list(each.shape), "dtype": _dtype(each)} for name, each in named
+        ],
+    }
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _shown(value: Any) -> Any:
+    """A plain value itself; of anything larger, what it is."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor):
+        shape = "x".join(map(str, value.shape)) or "scalar"
+        return f"tensor of {_dtype(value)}, {shape}"
+    if isinstance(value, Mapping):
+        shown = ", ".join(map(str, list(value)[:_SHOWN]))
+        more = f" and {len(value) - _SHOWN} more" if len(value) > _SHOWN else ""
+        return f"dict of {shown}{more}" if value else "empty dict"
+    if isinstance(value, list | tuple):
+        return f"{type(value).__name__} of {len(value)}"
+    return type(value).__name__

@@ -1,0 +1,41 @@
+"""A checkpoint at a path, whichever of the two forms it has."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torchweft.checkpoint.file import read
+from torchweft.checkpoint.manifest import MANIFEST, Manifest
+from torchweft.checkpoint.reading import Folder
+from torchweft.checkpoint.replacing import put_aside
+from torchweft.checkpoint.restoring import Source
+from torchweft.errors import CheckpointError
+
+__all__ = ["open_checkpoint"]
+
+
+def open_checkpoint(
+    path: str | os.PathLike[str], weights_only: bool = True, mapped: bool = False
+) -> tuple[Any, Source]:
+    """What a file or a folder holds, and who has its tensors.
+
+    Raises ``CheckpointError`` where none is, naming what is there instead.
+    """
+    shown = os.path.abspath(path)
+    if os.path.isdir(shown):
+        folder = Folder(shown, weights_only)
+        return folder.content, folder
+    above = os.path.dirname(shown)
+    if os.path.exists(os.path.join(above, MANIFEST)) and os.path.basename(shown) in (
+        MANIFEST,
+        *Manifest.names(above),
+    ):
+        raise CheckpointError(f"'{shown}' is a part of a checkpoint; load the folder '{above}'")
+    aside = put_aside(shown)
+    if aside:
+        raise CheckpointError(
+            f"there is no checkpoint '{shown}', since a save that was to replace it was killed; "
+            f"the one before is whole: rename '{aside}' to '{shown}'"
+        )
+    return read(path, weights_only=weights_only, mapped=mapped), Source()
