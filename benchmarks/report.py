@@ -1,4 +1,4 @@
-"""What both benchmarks say about themselves: machine, versions, a table, a JSON file."""
+"""What all benchmarks say about themselves: machine, versions, a table, a JSON file, a plot."""
 
 import json
 import os
@@ -51,3 +51,23 @@ def write(path: str | None, content: dict[str, object]) -> None:
     """Write the figures as JSON, where a path was given."""
     if path:
         Path(path).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def bars(path: str, groups: dict[str, dict[str, float]], axis: str) -> None:
+    """Draw groups of bars, one colour per name, to a file; needs matplotlib."""
+    # Imported here, because the figures need none of it.
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(name for group in groups.values() for name in group))
+    width = 0.8 / len(names)
+    size = (max(6.0, 0.35 * len(names) * len(groups)), 4.5)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    for index, name in enumerate(names):
+        places = [place for place, group in enumerate(groups.values()) if name in group]
+        heights = [group[name] for group in groups.values() if name in group]
+        axes.bar([place + index * width for place in places], heights, width, label=name)
+    axes.set_xticks([place + 0.4 - width / 2 for place in range(len(groups))], list(groups))
+    axes.set_ylabel(axis)
+    figure.legend(loc="outside lower center", ncols=2)
+    figure.savefig(path)
