@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -15,22 +14,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from torchweft.api import (
-    Collectives,
-    DataShard,
-    Place,
-    Prepared,
-    ProcessGroup,
-    Strategy,
-    join_group,
-    leave_group,
-)
+from torchweft.api import DistributedStrategy, Place, Prepared
 from torchweft.errors import IncompatiblePlan, InvalidRequest, did_you_mean
 
 __all__ = ["DDPStrategy"]
 
 
-class DDPStrategy(Strategy):
+class DDPStrategy(DistributedStrategy):
     """A copy of the model in every process; gradients are averaged during ``backward``.
 
     PyTorch Distributed: Li et al., 2020 (arXiv:2006.15704). Works between GPUs (nccl) and between
@@ -91,7 +81,7 @@ class DDPStrategy(Strategy):
         self._check_keywords()
         _check_backend(process_group_backend)
         self._backend = process_group_backend
-        self._timeout = timeout
+        self.timeout = timeout
         self._comm_hook = (ddp_comm_state, ddp_comm_hook)
         if not find_unused_parameters:
             self.cannot = {
@@ -108,32 +98,9 @@ class DDPStrategy(Strategy):
                     f"{torch.__version__} does not have; leave it out, or use another torch"
                 )
 
-    # -- life ------------------------------------------------------------------------------------
-
-    def start(self, place: Place) -> None:
-        """Join the process group."""
-        super().start(place)
-        self._group = join_group(
-            place,
-            backend=self._backend or place.accelerator.backend,
-            timeout=timedelta(seconds=self._timeout),
-        )
-        self._collectives = ProcessGroup(place.device)
-
-    def stop(self, failed: bool) -> None:
-        """Leave the process group."""
-        leave_group(self._group, failed=failed)
-
-    @property
-    def collectives(self) -> Collectives:
-        """Over the default process group."""
-        return self._collectives
-
-    @property
-    def shard(self) -> DataShard:
-        """One replica per process."""
-        rank = self.place.rank
-        return DataShard(replicas=rank.world_size, first=rank.rank)
+    def backend(self, place: Place) -> str:
+        """The one that was named, or the accelerator's."""
+        return self._backend or super().backend(place)
 
     # -- setup -----------------------------------------------------------------------------------
 

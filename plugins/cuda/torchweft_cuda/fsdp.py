@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from datetime import timedelta
 from functools import wraps
 from typing import Any
 
@@ -23,16 +22,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
-from torchweft.api import (
-    Collectives,
-    DataShard,
-    Place,
-    Prepared,
-    ProcessGroup,
-    Strategy,
-    join_group,
-    leave_group,
-)
+from torchweft.api import DataShard, DistributedStrategy, Place, Prepared
 from torchweft.api.deferred import Deferred, Pending
 from torchweft.api.initialising import SkipInit
 from torchweft.errors import IncompatiblePlan, InvalidRequest
@@ -49,7 +39,7 @@ __all__ = ["FSDPStrategy"]
 _TOGETHER = 250 << 20
 
 
-class FSDPStrategy(Strategy):
+class FSDPStrategy(DistributedStrategy):
     """Parameters, gradients and optimizer state are split between the processes.
 
     Zhao et al., 2023 (arXiv:2304.11277), in torch's second form, ``fully_shard``. Parameters of a
@@ -128,25 +118,24 @@ class FSDPStrategy(Strategy):
         check_sizes(**self._sizes)
         self._how = check_parallelize(parallelize)
         self._broadcast_buffers = broadcast_buffers
-        self._timeout = timeout
+        self.timeout = timeout
 
     # -- life ------------------------------------------------------------------------------------
 
     def start(self, place: Place) -> None:
         """Join the process group, and arrange its processes in a mesh."""
-        super().start(place)
         sizes = sizes_for(place.rank.world_size, **self._sizes)
+        super().start(place)
         self._tensor = sizes.tensor
-        backend = place.accelerator.backend
-        if self._offload and place.device.type != "cpu":
-            # What is on the host is reduced and gathered there.
-            backend = f"cpu:gloo,{place.device.type}:{backend}"
-        self._group = join_group(place, backend=backend, timeout=timedelta(seconds=self._timeout))
-        self._collectives = ProcessGroup(place.device)
         self._mesh = init_device_mesh(place.device.type, sizes.shape, mesh_dim_names=sizes.names)
         self._replaced: Any = WeakIdKeyDictionary()
         self._deferred = Deferred()
         self._shard_options = self._options()
+
+    def backend(self, place: Place) -> str:
+        """The accelerator's, and gloo beside it for what is on the host."""
+        own, kind = super().backend(place), place.device.type
+        return f"cpu:gloo,{kind}:{own}" if self._offload and kind != "cpu" else own
 
     def _options(self) -> dict[str, Any]:
         """What ``fully_shard`` is given for every part."""
@@ -177,15 +166,6 @@ class FSDPStrategy(Strategy):
                 "them out"
             )
         return self._mixed_precision
-
-    def stop(self, failed: bool) -> None:
-        """Leave the process group."""
-        leave_group(self._group, failed=failed)
-
-    @property
-    def collectives(self) -> Collectives:
-        """Over the default process group."""
-        return self._collectives
 
     @property
     def shard(self) -> DataShard:
