@@ -146,6 +146,17 @@ def test_in_three_dimensions(right):
         torch.testing.assert_close(parameters, right[1])
 
 
+def saves(fabric, path):
+    model = fabric.setup(Model())
+    fabric.save(path, {"model": model})
+
+
+def test_saving_says_nothing(tmp_path, capfd):
+    strategy = FSDPStrategy(tensor=2, policy=Block, parallelize=by_itself)
+    run_ranks(4, saves, tmp_path / "x.ckpt", strategy=strategy)
+    assert capfd.readouterr() == ("", "")
+
+
 # -- what is refused -------------------------------------------------------------------------------
 
 
