@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -48,12 +49,16 @@ def names(tmp_path: Path) -> dict[str, Any]:
     plain = DataLoader(TensorDataset(torch.ones(4, 2)), batch_size=2)
     loss = model(torch.ones(1, 2)).sum()
     fabric.backward(loss, retain_graph=True)
-    path, raw = tmp_path / "file", tmp_path / "raw"
+    path, raw = tmp_path / "file.ckpt", tmp_path / "raw"
     fabric.save(path, {"model": model})
     torch.save(inside.state_dict(), raw)
     return {
+        "Block": nn.Linear,
         "Fabric": Fabric,
+        "MixedPrecisionPolicy": MixedPrecisionPolicy,
+        "divide": lambda model, mesh: {},
         "fabric": fabric,
+        "folder": tmp_path / "folder",
         "loader": fabric.setup_dataloaders(plain),
         "loss": loss,
         "model": model,
@@ -64,6 +69,7 @@ def names(tmp_path: Path) -> dict[str, Any]:
         "raw": raw,
         "scheduler": scheduler,
         "tensor": torch.ones(3, 2),
+        "torch": torch,
         "train": lambda fabric, number: number,
     }
 
@@ -71,6 +77,7 @@ def names(tmp_path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("code", CODE)
 def test_a_row(code: str, names: dict[str, Any]) -> None:
     exec("from torchweft_cuda.ddp import DDPStrategy", names)
+    exec("from torchweft_cuda.fsdp import FSDPStrategy", names)
     exec(f"{code} pass" if code.endswith(":") else code, names)
 
 

@@ -144,7 +144,8 @@ def test_no_process_holds_more_than_its_share_and_a_block(fresh_interpreter):
     code = "from tests.cuda.test_fsdp_init import tell_peaks; tell_peaks()"
     done = fresh_interpreter(code, environ=environ, cwd=Path(__file__).parents[2])
     assert done.status == 0, done.err
-    ranks = [json.loads(line) for line in done.out.splitlines()]
+    # gloo of some versions says something too.
+    ranks = [json.loads(line) for line in done.out.splitlines() if line.startswith("{")]
     assert len(ranks) == 4
     for rank in ranks:
         assert rank["whole"] > 128 << 20

@@ -403,4 +403,6 @@ def test_two_processes_agree_on_a_skipped_step(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "512.0\n"
+    # gloo of some versions says something too.
+    told = [line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")]
+    assert told == ["512.0"]

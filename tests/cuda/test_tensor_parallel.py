@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -33,7 +35,7 @@ class Block(nn.Module):
 class Model(nn.Module):
     """Tokens to logits; the same weight at both ends."""
 
-    def __init__(self, width=8, words=6):
+    def __init__(self, width=8, words=8):
         super().__init__()
         self.words = nn.Embedding(words, width)
         self.blocks = nn.Sequential(Block(width), Block(width))
@@ -86,7 +88,7 @@ def trained(fabric, cls, world):
     torch.manual_seed(1)
     model = cls()
     model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.5))
-    tokens = torch.arange(24).reshape(6, 4) % 6
+    tokens = torch.arange(24).reshape(6, 4) % 5
     each = 6 // fabric.num_replicas
     first = fabric.strategy.shard.first * each
     norms = []
@@ -136,6 +138,30 @@ def test_layers_are_divided_and_the_rest_is_sharded(right):
     whole = sum(p.numel() for p in Model().blocks.parameters())
     # What is divided and sharded takes a quarter, norms and biases of rows half.
     assert whole / 4 <= held < whole / 3
+
+
+class Uneven(Model):
+    """Of six words two processes have three each, which other two cannot halve."""
+
+    def __init__(self):
+        super().__init__(words=6)
+
+
+def test_what_is_divided_and_sharded_unevenly_is_right_or_refused():
+    ((norms, parameters, _),) = run_ranks(1, trained, Uneven, 1, strategy="single_device")
+    strategy = FSDPStrategy(tensor=2, parallelize=by_itself)
+    if torch.__version__ < "2.10":
+        # It puts the rows together in another order.
+        words = (
+            "'words.weight', of shape (6, 8), is split into 4 parts along dimension 0, by tensor= "
+            "and again by shard=, which do not divide 6; torch"
+        )
+        with pytest.raises(RankFailed, match=re.escape(words)):
+            run_ranks(4, trained, Uneven, 4, strategy=strategy)
+        return
+    for mine, whole, _ in run_ranks(4, trained, Uneven, 4, strategy=strategy):
+        assert mine == pytest.approx(norms, rel=1e-5)
+        torch.testing.assert_close(whole, parameters)
 
 
 def test_in_three_dimensions(right):

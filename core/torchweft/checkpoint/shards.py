@@ -8,6 +8,7 @@ and unpickle what they find.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,8 +50,12 @@ def write_tensors(ranks: Ranks, folder: str, parts: Parts) -> Any:
 
     def write() -> Any:
         mine = planner.finish_plan(chosen[ranks.rank])
-        # A rank that has nothing to write leaves no file.
-        return writer.write_data(mine, planner).wait() if mine.items else []
+        if not mine.items:
+            return []  # and no file is left
+        with warnings.catch_warnings():
+            # What older versions of torch say of their own code.
+            warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)
+            return writer.write_data(mine, planner).wait()
 
     results = ranks.all(write)
     ranks.first(lambda: _finish(writer, metadata, results, parts))
@@ -82,6 +87,8 @@ def _finish(writer: Any, metadata: Any, results: list[Any], parts: Parts) -> Non
         for entry, place in parts.places.items()
     }
     writer.finish(metadata, results)
+    # Older versions of torch tell where tensors are stored to a copy of it alone.
+    metadata.storage_data = {each.index: each.storage_data for told in results for each in told}
 
 
 def stored_parts(metadata: Any) -> dict[str, list[Any]]:

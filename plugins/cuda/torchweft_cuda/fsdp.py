@@ -29,7 +29,7 @@ from torchweft.errors import IncompatiblePlan, InvalidRequest
 from torchweft_cuda.activations import checkpoint_activations
 from torchweft_cuda.mesh import check_sizes, sizes_for
 from torchweft_cuda.parts import Choice, checked, choose, unshared
-from torchweft_cuda.sharded import local, part_of, reduced, total_norm
+from torchweft_cuda.sharded import check_uneven, local, part_of, reduced, total_norm
 from torchweft_cuda.sharded_precision import ShardedMixed
 from torchweft_cuda.tensor_parallel import Parallelize, check_parallelize, divide
 
@@ -207,6 +207,8 @@ class FSDPStrategy(DistributedStrategy):
         parts = unshared(choose(module, "policy", self._policy), module)
         self._change_forward(module, parts)
         self._shard_parts(module, parts)
+        if self._tensor > 1:
+            check_uneven(module)
         self._bring(module.buffers())
         self._fill(module, pending)
         module.register_forward_hook(_free_after_evaluation)

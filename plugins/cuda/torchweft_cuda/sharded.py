@@ -10,7 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
-__all__ = ["local", "part_of", "reduced", "total_norm"]
+from torchweft.errors import IncompatiblePlan
+
+__all__ = ["check_uneven", "local", "part_of", "reduced", "total_norm"]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -71,3 +73,73 @@ def part_of(value: Any, like: Any) -> Any:
     whole = value.detach().to(like.device_mesh.device_type)
     # Nothing need be sent.
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+
+
+# -- what is split twice along one dimension -------------------------------------------------------
+
+
+def check_uneven(module: nn.Module) -> None:
+    """Whether this torch puts parameters together as it takes them apart.
+
+    Older ones do not where a dimension is split by layers and again by parts, and does not divide:
+    a checkpoint would silently be wrong. Every process of the run has to call it.
+
+    Raises ``IncompatiblePlan``.
+    """
+    seen = set()
+    for name, parameter in module.named_parameters():
+        if not isinstance(parameter, DTensor):
+            continue
+        placements: Any = parameter.placements
+        split = [placement.dim for placement in placements if not placement.is_replicate()]
+        for dim in {each for each in split if split.count(each) > 1}:
+            length, mesh = parameter.shape[dim], parameter.device_mesh
+            pieces = 1
+            for i, placement in enumerate(placements):
+                pieces *= mesh.size(i) if _splits(placement, dim) else 1
+            case = (length, dim, placements)
+            if length % pieces == 0 or case in seen:
+                continue
+            seen.add(case)
+            if not _is_put_together(length, parameter, dim):
+                raise IncompatiblePlan(
+                    f"'{name}', of shape {tuple(parameter.shape)}, is split into {pieces} parts "
+                    f"along dimension {dim}, by tensor= and again by shard=, which do not divide "
+                    f"{length}; torch {torch.__version__} puts such parts together in a wrong "
+                    f"order: make it a multiple of {pieces}, leave that module out of the plan for "
+                    "tensor parallelism, or upgrade torch (2.13 is right)"
+                )
+
+
+def _splits(placement: Any, dim: int) -> bool:
+    return not placement.is_replicate() and placement.dim == dim
+
+
+def _is_put_together(length: int, like: DTensor, dim: int) -> bool:
+    """Tried on the numbers of the rows, in all processes."""
+    mesh = like.device_mesh
+    numbers = torch.arange(length, device=mesh.device_type)
+    mine = numbers
+    placements = [_along_first(p) if _splits(p, dim) else Replicate() for p in like.placements]
+    # Layers are divided first, by the last dimension of the mesh.
+    for i, placement in reversed(list(enumerate(like.placements))):
+        if _splits(placement, dim):
+            pieces = mine.chunk(mesh.size(i))
+            here = mesh.get_local_rank(i)
+            mine = pieces[here] if here < len(pieces) else mine[:0]
+    tried = distribute_tensor(numbers, mesh, placements, src_data_rank=None)
+    if not _all(torch.equal(tried.to_local(), mine), mesh.device_type):
+        return False
+    return _all(torch.equal(tried.full_tensor(), numbers), mesh.device_type)
+
+
+def _all(answer: bool, device: str) -> bool:
+    """Whether it is so in all processes."""
+    told = torch.tensor(int(answer), device=device)
+    dist.all_reduce(told, dist.ReduceOp.MIN)
+    return bool(told)
+
+
+def _along_first(placement: Any) -> Any:
+    factor = getattr(placement, "split_factor", None)
+    return type(placement)(0) if factor is None else type(placement)(0, split_factor=factor)
