@@ -294,6 +294,7 @@ class FSDPStrategy(DistributedStrategy):
         def settle(names: tuple[str, ...], whole: Tensor) -> None:
             # Seeds may differ between the processes; the values of rank 0 count. Sent as it is,
             # since every other way would need the memory once more.
+            whole = whole.contiguous()
             if self.place.rank.world_size > 1:
                 dist.broadcast(whole, src=0)
             target = named[names[0]].detach()

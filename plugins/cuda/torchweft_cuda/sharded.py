@@ -61,6 +61,7 @@ def total_norm(gradients: Sequence[Tensor], norm_type: float, device: torch.devi
     return total if largest else total ** (1.0 / norm_type)
 
 
+@torch.no_grad()
 def part_of(value: Any, like: Any) -> Any:
     """A whole tensor, which every process has alike, split as ``like`` is.
 
@@ -72,7 +73,13 @@ def part_of(value: Any, like: Any) -> Any:
         return value
     whole = value.detach().to(like.device_mesh.device_type)
     # Nothing need be sent.
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    part = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    if local(part).device == local(like).device:
+        return part
+    # What is kept on the host is on no device of the mesh, where a DTensor is otherwise made.
+    moved = torch.empty_like(like, dtype=whole.dtype)
+    local(moved).copy_(local(part))
+    return moved
 
 
 # -- what is split twice along one dimension -------------------------------------------------------
