@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -335,6 +337,32 @@ def test_the_host_keeps_what_is_not_computed_with():
     for is_offload, pins, (*parts, total) in run_ranks(2, offloads, strategy="fsdp_cpu_offload"):
         assert (is_offload, pins) == (True, False)
         assert parts == [total // 2] * 3
+
+
+def changes_what_it_gets(fabric, policy):
+    # Of inputs with three dimensions a linear layer returns a view.
+    plain = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 4))
+    wrapped = fabric.setup(plain)
+    output = wrapped(torch.ones(2, 3, 8))
+    output += 1
+
+
+@pytest.mark.parametrize("policy", ["", ":policy=Linear"], ids=["the whole", "a part"])
+def test_an_output_that_would_be_changed_unnoticed_is_refused(policy):
+    with pytest.raises(RankFailed, match="is a view and is being modified inplace"):
+        run_ranks(1, changes_what_it_gets, policy, strategy=f"fsdp{policy}")
+
+
+def returns_a_view(fabric):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        wrapped = fabric.setup(nn.Sequential(nn.Linear(8, 4)))
+        fabric.backward(wrapped(torch.ones(2, 3, 8)).sum())
+    return [str(each.message) for each in caught], wrapped[0].weight.grad is not None
+
+
+def test_a_view_is_nothing_to_warn_of():
+    assert run_ranks(2, returns_a_view, strategy="fsdp:policy=Linear") == [([], True)] * 2
 
 
 class Again(nn.Sequential):

@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchweft import Fabric
-from torchweft.errors import IncompatiblePlan, InvalidRequest
+from torchweft.errors import IncompatiblePlan, InvalidRequest, RankFailed
+from torchweft.testing import run_ranks
+from torchweft_cuda.fsdp import FSDPStrategy
 from torchweft_cuda.mesh import Sizes, sizes_for
 
 
@@ -101,6 +103,23 @@ def test_a_size_below_one(name, counted):
     with pytest.raises(InvalidRequest) as refused:
         told(4, **{name: 0})
     assert str(refused.value) == f"strategy 'fsdp' was given {name}=0; it counts {counted}, from 1"
+
+
+@pytest.mark.parametrize(
+    ("processes", "reshard", "words"),
+    [(4, 3, "4 processes; write true, false, 2"), (1, 2, "1 process; write true, false")],
+)
+def test_a_number_of_processes_that_a_copy_cannot_be_split_between(processes, reshard, words):
+    with pytest.raises(IncompatiblePlan) as refused:
+        Fabric(
+            accelerator="cpu", devices=processes, strategy=f"fsdp:reshard_after_forward={reshard}"
+        )
+    assert str(refused.value).startswith(
+        f"strategy 'fsdp' was given reshard_after_forward={reshard}, and a copy of the model is "
+        f"split between {words}"
+    )
+    with pytest.raises(RankFailed, match=f"split between {words}"):
+        run_ranks(processes, print, strategy=FSDPStrategy(reshard_after_forward=reshard))
 
 
 def test_the_plan_is_refused_before_a_process_starts():

@@ -15,7 +15,6 @@ import torch
 from tests.endtoend.commands import Result
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-ON_TWO = ["--accelerator", "cpu", "--devices", "2"]
 
 PYTHON = "python"
 COMMAND = "torchweft run"
@@ -23,13 +22,14 @@ COMMAND = "torchweft run"
 
 @pytest.fixture
 def example(run: Callable[..., Result], tmp_path: Path) -> Callable[..., list[str]]:
-    """Run an example's script on two CPU processes, one way or the other; returns its lines."""
+    """Run an example's script on CPU processes, one way or the other; returns its lines."""
 
-    def lines(way: str, script: str, *flags: str) -> list[str]:
+    def lines(way: str, script: str, *flags: str, devices: str = "2") -> list[str]:
         path = str(EXAMPLES / script)
+        there = ["--accelerator", "cpu", "--devices", devices]
         commands = {
-            PYTHON: [sys.executable, path, *ON_TWO],
-            COMMAND: [sys.executable, "-m", "torchweft", "run", *ON_TWO, path],
+            PYTHON: [sys.executable, path, *there],
+            COMMAND: [sys.executable, "-m", "torchweft", "run", *there, path],
         }
         environ = {"PYTHONWARNINGS": "error", "CUDA_VISIBLE_DEVICES": ""}
         done = run(*commands[way], *flags, environ=environ, cwd=tmp_path)
@@ -87,6 +87,61 @@ def test_a_language_model_learns_and_writes(example, way, precision):
     assert validation == pytest.approx(losses[-1], abs=0.5)
     written = "\n".join(lines).partition("validation loss")[2].partition("\n")[2]
     assert written.startswith("def ")
+
+
+SHARDED = "sharded_language_model/train.py"
+SMALL = ["--steps", "6", "--width", "32", "--depth", "2", "--context", "32", "--batch-size", "16"]
+EVERY = ["--log-every", "1", "--save-every", "3", "--lr", "1e-2", "--warmup", "1"]
+STEPS = r"^step +\d+/6  loss (\d+\.\d{4})  gradient norm \d+\.\d{4}$"
+HELD = r"of which a process holds ([\d,]+);"
+
+
+@pytest.fixture(scope="module")
+def losses_of_one() -> Callable[[Callable[..., list[str]]], list[float]]:
+    """The losses of one process, which runs once."""
+    known: list[float] = []
+
+    def losses(example: Callable[..., list[str]]) -> list[float]:
+        if not known:
+            known.extend(numbers(STEPS, example(PYTHON, SHARDED, *SMALL, *EVERY, devices="1")))
+        return known
+
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("way", "devices", "strategy", "held"),
+    [
+        (COMMAND, "2", "fsdp:policy=Block", 1 / 2),
+        (PYTHON, "2", "fsdp:tensor=2", 0.525),
+        (COMMAND, "4", "fsdp:policy=Block,tensor=2", 0.525 / 2),
+    ],
+)
+def test_a_model_that_is_split_learns_what_one_process_does(
+    example, losses_of_one, way, devices, strategy, held
+):
+    flags = [*SMALL, *EVERY, "--strategy", strategy, "--folder", "saved"]
+    lines = example(way, SHARDED, *flags, devices=devices)
+    losses, expected = numbers(STEPS, lines), losses_of_one(example)
+    assert len(losses) == 6
+    assert losses[-1] < losses[0] - 0.2
+    # What is printed, of which rounding may change the last digit.
+    assert losses == pytest.approx(expected, abs=1.5e-4)
+    assert float(re.search(HELD, lines[0])[1].replace(",", "")) == pytest.approx(
+        30592 * held, rel=1e-2
+    )
+
+    # One process goes on from the parts that all of them wrote.
+    resume = ["--resume", "saved/step3"]
+    lines = example(PYTHON, SHARDED, *SMALL, *EVERY, *resume, devices="1")
+    assert lines[1] == "going on after step 3"
+    assert numbers(STEPS, lines) == pytest.approx(expected[3:], abs=1.5e-4)
+
+
+def test_a_sequence_is_divided_between_layers(example, losses_of_one):
+    flags = ["--strategy", "fsdp:tensor=2", "--sequence-parallel"]
+    losses = numbers(STEPS, example(COMMAND, SHARDED, *SMALL, *EVERY, *flags))
+    assert losses == pytest.approx(losses_of_one(example), abs=1.5e-4)
 
 
 def test_an_agent_learns_to_balance(example):

@@ -27,7 +27,8 @@ from torchweft.api.deferred import Deferred, Pending
 from torchweft.api.initialising import SkipInit
 from torchweft.errors import IncompatiblePlan, InvalidRequest
 from torchweft_cuda.activations import checkpoint_activations
-from torchweft_cuda.mesh import check_sizes, sizes_for
+from torchweft_cuda.mesh import check_reshard, check_sizes, sizes_for
+from torchweft_cuda.outputs import refuse_changes_in_place
 from torchweft_cuda.parts import Choice, checked, choose, unshared
 from torchweft_cuda.sharded import check_uneven, local, part_of, reduced, total_norm
 from torchweft_cuda.sharded_precision import ShardedMixed
@@ -125,6 +126,7 @@ class FSDPStrategy(DistributedStrategy):
     def start(self, place: Place) -> None:
         """Join the process group, and arrange its processes in a mesh."""
         sizes = sizes_for(place.rank.world_size, **self._sizes)
+        check_reshard(self._reshard, sizes)
         super().start(place)
         self._tensor = sizes.tensor
         self._mesh = init_device_mesh(place.device.type, sizes.shape, mesh_dim_names=sizes.names)
@@ -237,6 +239,7 @@ class FSDPStrategy(DistributedStrategy):
             reshard = False if part is module else self._reshard
             told = full if isinstance(part, _NormBase) else options
             fully_shard(part, reshard_after_forward=reshard, **told)
+            refuse_changes_in_place(part)
 
     def _change_forward(self, module: nn.Module, parts: Sequence[nn.Module]) -> None:
         for each in choose(module, "activation_checkpointing", self._checkpointed):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torchweft.errors import InvalidRequest
 from torchweft.hookspecs import hookimpl
 from torchweft.specs import AcceleratorSpec, PrecisionSpec, Preset, StrategySpec
-from torchweft_cuda.mesh import sizes_for
+from torchweft_cuda.mesh import check_reshard, sizes_for
 
 if TYPE_CHECKING:
     from torchweft.api import RunPlan
@@ -105,7 +105,8 @@ def torchweft_check_plan(plan: RunPlan) -> list[str]:
         return []
     sizes = {name: options.get(name) for name in ("replicate", "shard", "tensor")}
     try:
-        sizes_for(plan.topology.world_size, **sizes)
+        found = sizes_for(plan.topology.world_size, **sizes)
+        check_reshard(options.get("reshard_after_forward", True), found)
     except InvalidRequest as error:
         return [str(error)]
     return []

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torchweft.errors import InvalidRequest
 
-__all__ = ["Sizes", "check_sizes", "sizes_for"]
+__all__ = ["Sizes", "check_reshard", "check_sizes", "sizes_for"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +68,19 @@ def check_sizes(**given: int | None) -> dict[str, int]:
                 f"strategy 'fsdp' was given {name}={size}; it counts {_COUNTED[name]}, from 1"
             )
     return asked
+
+
+def check_reshard(reshard: bool | int, sizes: Sizes) -> None:
+    """Raise ``InvalidRequest`` for a number of processes that a copy cannot be split between."""
+    fitting = [n for n in range(2, sizes.shard) if sizes.shard % n == 0]
+    if isinstance(reshard, bool) or reshard in fitting:
+        return
+    numbers = f", {_listed(fitting)}" if fitting else ""
+    raise InvalidRequest(
+        f"strategy 'fsdp' was given reshard_after_forward={reshard}, and a copy of the model is "
+        f"split between {sizes.shard} process{'es' if sizes.shard > 1 else ''}; write true, "
+        f"false{numbers}"
+    )
 
 
 _COUNTED = {
