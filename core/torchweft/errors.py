@@ -9,7 +9,7 @@ A message names what was asked, what was found, who provides it and what to do a
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 __all__ = [
     "BrokenPlugin",
@@ -24,6 +24,7 @@ __all__ = [
     "UnknownName",
     "UnknownOption",
     "did_you_mean",
+    "listed",
 ]
 
 
@@ -92,3 +93,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the nearest known name, or the empty string."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def listed(words: Sequence[str], shown: int = 8) -> str:
+    """The first few of what there is, and how many more there are."""
+    more = f" and {len(words) - shown} more" if len(words) > shown else ""
+    return ", ".join(words[:shown]) + more

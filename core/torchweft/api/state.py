@@ -14,18 +14,18 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchweft.errors import CheckpointError
+from torchweft.errors import CheckpointError, listed
 
 __all__ = [
+    "as_written",
     "load_named_module_state",
     "load_named_optimizer_state",
     "module_versions",
     "named_module_state",
     "named_optimizer_state",
     "parameter_names",
+    "unlike_shapes",
 ]
-
-_SHOWN = 8
 
 # What torch.compile's wrapper calls the module inside.
 _COMPILED = "_orig_mod"
@@ -41,7 +41,7 @@ _OWN_OPTIONS = ("foreach", "fused", "capturable", "differentiable", "param_names
 def named_module_state(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """``(name, value)`` of a module's state dictionary."""
     for name, value in module.state_dict().items():
-        yield _as_written(name), value
+        yield as_written(name), value
 
 
 def module_versions(module: nn.Module) -> OrderedDict[str, Any]:
@@ -51,7 +51,7 @@ def module_versions(module: nn.Module) -> OrderedDict[str, Any]:
     state for their oldest.
     """
     versions = getattr(module.state_dict(), "_metadata", None) or {}
-    return OrderedDict((_as_written(name), value) for name, value in versions.items())
+    return OrderedDict((as_written(name), value) for name, value in versions.items())
 
 
 def load_named_module_state(module: nn.Module, state: Mapping[str, Any], strict: bool) -> None:
@@ -70,7 +70,8 @@ def load_named_module_state(module: nn.Module, state: Mapping[str, Any], strict:
         raise CheckpointError(_mismatch(result.missing_keys, result.unexpected_keys, state))
 
 
-def _as_written(name: str) -> str:
+def as_written(name: str) -> str:
+    """A name as the user wrote the module, without what ``torch.compile`` adds."""
     if _COMPILED not in name:
         return name
     return ".".join(part for part in name.split(".") if part != _COMPILED)
@@ -83,15 +84,15 @@ def _for_module(module: nn.Module, state: Mapping[str, Any]) -> OrderedDict[str,
             f"this is not the state of a model: it holds {_quoted(state)}, and names are text"
         )
     own = module.state_dict()
-    inside = {_as_written(name): name for name in own}
+    inside = {as_written(name): name for name in own}
     loaded = OrderedDict(
-        (inside.get(_as_written(name), name), value) for name, value in state.items()
+        (inside.get(as_written(name), name), value) for name, value in state.items()
     )
     versions = getattr(state, "_metadata", None)
     if versions is not None:
-        here = {_as_written(name): name for name in getattr(own, "_metadata", {})}
+        here = {as_written(name): name for name in getattr(own, "_metadata", {})}
         loaded._metadata = OrderedDict(  # type: ignore[attr-defined]
-            (here.get(_as_written(name), name), value) for name, value in versions.items()
+            (here.get(as_written(name), name), value) for name, value in versions.items()
         )
     return loaded
 
@@ -99,9 +100,9 @@ def _for_module(module: nn.Module, state: Mapping[str, Any]) -> OrderedDict[str,
 def _mismatch(missing: Sequence[str], unexpected: Sequence[str], state: Mapping[str, Any]) -> str:
     parts = []
     if missing:
-        parts.append(f"the checkpoint has no {_quoted(map(_as_written, missing))}")
+        parts.append(f"the checkpoint has no {_quoted(map(as_written, missing))}")
     if unexpected:
-        parts.append(f"the model has no {_quoted(map(_as_written, unexpected))}")
+        parts.append(f"the model has no {_quoted(map(as_written, unexpected))}")
     return "; ".join(parts) + f"; the checkpoint holds {_quoted(state) or 'nothing'}"
 
 
@@ -111,22 +112,22 @@ def _unlike(module: nn.Module, loaded: Mapping[str, Any], error: Exception) -> s
         for name, value in module.state_dict().items()
         if isinstance(value, Tensor) and not isinstance(value, nn.UninitializedParameter)
     }
-    shapes = [
-        f"'{_as_written(name)}' is {tuple(loaded[name].shape)} in the checkpoint and "
-        f"{tuple(own[name].shape)} in the model"
-        for name in own
-        if isinstance(loaded.get(name), Tensor) and loaded[name].shape != own[name].shape
+    return unlike_shapes(loaded, own) or f"the checkpoint is of another model: {error}"
+
+
+def unlike_shapes(saved: Mapping[str, Any], own: Mapping[str, Tensor]) -> str:
+    """What to say of tensors that have other shapes than those of the model; empty for none."""
+    unlike = [
+        f"'{as_written(name)}' is {tuple(saved[name].shape)} in the checkpoint and "
+        f"{tuple(value.shape)} in the model"
+        for name, value in own.items()
+        if isinstance(saved.get(name), Tensor) and saved[name].shape != value.shape
     ]
-    return "the checkpoint is of another model: " + (_first(shapes) or str(error))
+    return f"the checkpoint is of another model: {listed(unlike)}" if unlike else ""
 
 
 def _quoted(names: Any) -> str:
-    return _first([repr(name) for name in names])
-
-
-def _first(sentences: Sequence[str]) -> str:
-    more = len(sentences) - _SHOWN
-    return ", ".join(sentences[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    return listed([repr(name) for name in names])
 
 
 # -- optimizers ----------------------------------------------------------------------------------
@@ -138,7 +139,7 @@ def parameter_names(modules: Sequence[nn.Module]) -> dict[int, str]:
     for index, module in enumerate(modules):
         prefix = f"{index}." if len(modules) > 1 else ""
         for name, parameter in module.named_parameters():
-            names.setdefault(id(parameter), prefix + _as_written(name))
+            names.setdefault(id(parameter), prefix + as_written(name))
     return names
 
 

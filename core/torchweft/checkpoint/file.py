@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fcntl
+import hashlib
 import mmap
 import os
 import pickle
@@ -17,20 +18,20 @@ from typing import Any, BinaryIO
 import torch
 
 from torchweft.checkpoint.plain import check_loadable, without_numpy_scalars
-from torchweft.errors import CheckpointError
+from torchweft.errors import CheckpointError, listed
 
 __all__ = [
     "beside",
     "check_address",
     "existing",
     "first_line",
+    "identity",
     "read",
     "reason",
+    "stem_of",
     "sync_folder",
     "write",
 ]
-
-_SHOWN = 8
 
 
 # -- writing -------------------------------------------------------------------------------------
@@ -101,8 +102,7 @@ def check_address(path: str | os.PathLike[str]) -> None:
 def beside(target: str) -> Iterator[BinaryIO]:
     """An open file in the target's folder that is gone afterwards, unless it was renamed."""
     folder, name = os.path.split(target)
-    # Cut, since the longest allowed name leaves no room for an ending.
-    stem = f".{name[:40]}."
+    stem = stem_of(name)
     _sweep(folder, stem)
     file = _create(folder, stem)
     try:
@@ -113,6 +113,14 @@ def beside(target: str) -> Iterator[BinaryIO]:
         # After a failed write, closing tries to write again.
         with suppress(OSError):
             file.close()
+
+
+def stem_of(name: str) -> str:
+    """How the names of what is written aside for ``name`` begin, which no other name's do."""
+    if len(name) > 40:
+        # The longest allowed name leaves no room for an ending.
+        name = f"{name[:31]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}"
+    return f".{name}."
 
 
 def _create(folder: str, stem: str) -> BinaryIO:
@@ -199,7 +207,8 @@ def read(
     """What ``torch.save`` wrote to ``path``, tensors at ``map_location``.
 
     Files of torch before 1.6 are read too. ``mapped``: tensors are read from the disk once they
-    are used, where the file's form allows it. ``weights_only=False`` runs code that the file names.
+    are used, where the form of the file and its file system allow it. ``weights_only=False`` runs
+    code that the file names.
 
     Raises:
         CheckpointError: when there is no such file, when it is truncated or no checkpoint, or
@@ -207,15 +216,35 @@ def read(
     """
     shown = os.path.abspath(path)
     head = _head(shown)
+    before = identity(shown)
     try:
-        mapped = mapped and zipfile.is_zipfile(shown)
-        return torch.load(
-            shown, map_location=map_location, weights_only=weights_only, mmap=mapped or None
-        )
+        content = _load(shown, map_location, weights_only, mapped)
     except MemoryError:
         raise
     except Exception as error:
         raise CheckpointError(_explain(shown, head, error, weights_only)) from error
+    # It is opened more than once, each time perhaps as another file.
+    if identity(shown) != before:
+        raise CheckpointError(f"'{shown}' was replaced while it was read; load it again")
+    return content
+
+
+def _load(path: str, map_location: Any, weights_only: bool, mapped: bool) -> Any:
+    if mapped and zipfile.is_zipfile(path):
+        # Some file systems map nothing.
+        with suppress(RuntimeError):
+            return torch.load(path, map_location=map_location, weights_only=weights_only, mmap=True)
+    return torch.load(path, map_location=map_location, weights_only=weights_only)
+
+
+def identity(path: str) -> tuple[int, ...] | None:
+    """What tells a file, which is never changed, from another of that name; None for no file."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    # The number alone may be that of a file that is gone.
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _head(path: str) -> bytes:
@@ -252,12 +281,11 @@ def _listing(folder: str, wanted: str) -> str:
         return f"'{folder}' cannot be listed: {error.strerror}"
     with entries:
         names = sorted(e.name for e in entries if not e.name.startswith(".") and e.is_file())
-    near = difflib.get_close_matches(wanted, names, n=_SHOWN, cutoff=0.6)
-    shown = [*near, *(name for name in names if name not in near)][:_SHOWN]
-    if not shown:
+    near = difflib.get_close_matches(wanted, names, n=8, cutoff=0.6)
+    if not names:
         return f"'{folder}' holds no files"
-    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
-    return f"'{folder}' holds {', '.join(repr(name) for name in shown)}{more}"
+    ordered = [*near, *(name for name in names if name not in near)]
+    return f"'{folder}' holds {listed([repr(name) for name in ordered])}"
 
 
 def _explain(path: str, head: bytes, error: Exception, weights_only: bool) -> str:

@@ -10,9 +10,9 @@ import re
 import shutil
 from contextlib import suppress
 
-from torchweft.checkpoint.file import check_address, existing, sync_folder
+from torchweft.checkpoint.file import check_address, existing, stem_of, sync_folder
 from torchweft.checkpoint.manifest import MANIFEST, Manifest
-from torchweft.errors import CheckpointError
+from torchweft.errors import CheckpointError, listed
 
 __all__ = ["Aside", "check_target", "put_aside"]
 
@@ -51,8 +51,7 @@ def check_target(path: str | os.PathLike[str]) -> str:
 
 
 def _shown(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(repr(name) for name in sorted(names)[:3]) + more
+    return listed([repr(name) for name in sorted(names)], shown=3)
 
 
 class Aside:
@@ -65,8 +64,7 @@ class Aside:
         parent, name = os.path.split(target)
         self._target = target
         self._parent = parent
-        # Cut, since the longest allowed name leaves no room for an ending.
-        self._stem = f".{name[:40]}."
+        self._stem = stem_of(name)
         os.makedirs(parent, exist_ok=True)
         self._sweep("tmp")
         unique = f"{self._stem}{os.getpid()}-{os.urandom(4).hex()}"
@@ -124,7 +122,7 @@ def put_aside(path: str) -> str:
     parent, name = os.path.split(path)
     if os.path.lexists(path) or existing(parent) != parent or not os.path.isdir(parent):
         return ""
-    pattern = _left_by(f".{name[:40]}.", "old")
+    pattern = _left_by(stem_of(name), "old")
     found = [os.path.join(parent, each) for each in os.listdir(parent) if pattern.fullmatch(each)]
     return max(found, default="")
 

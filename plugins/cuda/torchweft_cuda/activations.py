@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import wraps
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from torchweft.api.initialising import default_dtype
 
 __all__ = ["checkpoint_activations"]
 
@@ -19,5 +22,17 @@ def checkpoint_activations(module: nn.Module) -> None:
     torch's own wrapper would change.
     """
     forward: Callable[..., Any] = module.forward
+
+    @wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        # Of this pass; the backward pass is not within the precision's context.
+        dtype = torch.get_default_dtype()
+
+        def compute(*args: Any, **kwargs: Any) -> Any:
+            with default_dtype(dtype):
+                return forward(*args, **kwargs)
+
+        return checkpoint(compute, *args, use_reentrant=False, **kwargs)
+
     # Set on the object, so that hooks, such as those that gather parameters, stay around it.
-    module.forward = partial(checkpoint, forward, use_reentrant=False)
+    module.forward = run

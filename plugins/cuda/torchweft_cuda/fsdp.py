@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import copy
+from datetime import timedelta
 from functools import wraps
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     MixedPrecisionPolicy,
@@ -25,19 +29,20 @@ from torch.utils.weak import WeakIdKeyDictionary
 from torchweft.api import DataShard, DistributedStrategy, Place, Prepared
 from torchweft.api.deferred import Deferred, Pending
 from torchweft.api.initialising import SkipInit
+from torchweft.api.state import as_written, parameter_names
 from torchweft.errors import IncompatiblePlan, InvalidRequest
 from torchweft_cuda.activations import checkpoint_activations
+from torchweft_cuda.compiling import compile_parts
+from torchweft_cuda.forward import Surroundings, free
 from torchweft_cuda.mesh import check_reshard, check_sizes, sizes_for
 from torchweft_cuda.outputs import refuse_changes_in_place
 from torchweft_cuda.parts import Choice, checked, choose, unshared
-from torchweft_cuda.sharded import check_uneven, local, part_of, reduced, total_norm
+from torchweft_cuda.sending import brought, send
+from torchweft_cuda.sharded import check_uneven, local, part_of, total_norm
 from torchweft_cuda.sharded_precision import ShardedMixed
 from torchweft_cuda.tensor_parallel import Parallelize, check_parallelize, divide
 
 __all__ = ["FSDPStrategy"]
-
-#: Bytes that travel together when tensors are sent to all processes, as in torch's own code.
-_TOGETHER = 250 << 20
 
 
 class FSDPStrategy(DistributedStrategy):
@@ -54,7 +59,7 @@ class FSDPStrategy(DistributedStrategy):
     Args:
         policy: which parts are gathered one by one; ``"auto"``: the outermost modules with at most
             a quarter of all parameters; None: the model in one piece. What is in no such part is
-            gathered with the whole.
+            gathered with the whole, and so is a part with a parameter that is the rest's too.
         reshard_after_forward: whether a part's parameters are freed between its forward and its
             backward pass, and gathered again; a number: split between so many processes meanwhile.
             What is gathered with the whole stays until the backward pass, which needs it at once.
@@ -130,7 +135,12 @@ class FSDPStrategy(DistributedStrategy):
         super().start(place)
         self._tensor = sizes.tensor
         self._mesh = init_device_mesh(place.device.type, sizes.shape, mesh_dim_names=sizes.names)
+        for name in sizes.names:
+            # A group of some of the processes has torch's own limit otherwise.
+            _set_pg_timeout(timedelta(seconds=self.timeout), self._mesh.get_group(name))
+        # Of every parameter that a model ever had, the sharded one; the latter are their own.
         self._replaced: Any = WeakIdKeyDictionary()
+        self._modules: WeakSet[nn.Module] = WeakSet()
         self._deferred = Deferred()
         self._shard_options = self._options()
 
@@ -200,28 +210,40 @@ class FSDPStrategy(DistributedStrategy):
 
     def setup(self, module: nn.Module, optimizers: Sequence[Optimizer], scheduler: Any) -> Prepared:
         """Shard the module in place; its parameters become new ones, of which each has a part."""
+        self._check_unsharded(module)
         pending = self._deferred.pending(module)
         before = dict(module.named_parameters(remove_duplicate=False))
         if self._tensor > 1:
             # Divided from the first of the processes that compute together, which has rank 0's.
-            self._bring(module.parameters())
-            divide(module, self._mesh, self._how)
+            with brought(module.parameters(), self.place.device):
+                divide(module, self._mesh, self._how)
         parts = unshared(choose(module, "policy", self._policy), module)
-        self._change_forward(module, parts)
+        for each in choose(module, "activation_checkpointing", self._checkpointed):
+            checkpoint_activations(each)
+        if self._compile is not None:
+            compile_parts(parts or [module], self._compile, divided=self._tensor > 1)
         self._shard_parts(module, parts)
         if self._tensor > 1:
             check_uneven(module)
-        self._bring(module.buffers())
+        for buffer in module.buffers():
+            if not buffer.is_meta:
+                buffer.data = buffer.data.to(self.place.device)
+        send(buffer for buffer in module.buffers() if not buffer.is_meta)
         self._fill(module, pending)
-        module.register_forward_hook(_free_after_evaluation)
-        after = dict(module.named_parameters(remove_duplicate=False))
-        for name, parameter in before.items():
-            self._replaced[parameter] = after[name]
+        Surroundings(module, self._sender(module)).hook(module)
+        self._follow(module, before)
         for optimizer in optimizers:
             self.setup_optimizer(optimizer)
-        if (send := self._sender(module)) is not None:
-            module.register_forward_pre_hook(lambda *_: send())
         return Prepared(module=module, optimizers=list(optimizers), scheduler=scheduler)
+
+    def _check_unsharded(self, module: nn.Module) -> None:
+        for name, parameter in module.named_parameters():
+            if self._replaced.get(parameter) is parameter:
+                raise InvalidRequest(
+                    f"'{name}' of {type(module).__name__} was set up with another model already, "
+                    "and a parameter cannot be sharded twice; set up one module that holds both "
+                    "models, and call mark_forward_method() for the methods that run them"
+                )
 
     def _shard_parts(self, module: nn.Module, parts: Sequence[nn.Module]) -> None:
         """Parts in their order, then the rest of the module."""
@@ -232,24 +254,35 @@ class FSDPStrategy(DistributedStrategy):
             # Running statistics stay in 32-bit, and what normalises by them computes in one dtype.
             norms = [each for each in module.modules() if isinstance(each, _NormBase)]
             parts = [*norms, *(part for part in parts if part not in norms)]
-        for part in (*parts, module):
-            if self._tensor == 1:
-                self._bring(p for p in part.parameters() if id(p) in whole)
+        for part in (*(each for each in parts if each is not module), module):
+            # What is divided was brought before.
+            own = (p for p in part.parameters() if id(p) in whole and self._tensor == 1)
             # What the last one gathers is needed again at once, by the first of the backward pass.
             reshard = False if part is module else self._reshard
             told = full if isinstance(part, _NormBase) else options
-            fully_shard(part, reshard_after_forward=reshard, **told)
+            with brought(own, self.place.device):
+                fully_shard(part, reshard_after_forward=reshard, **told)
             refuse_changes_in_place(part)
 
-    def _change_forward(self, module: nn.Module, parts: Sequence[nn.Module]) -> None:
-        for each in choose(module, "activation_checkpointing", self._checkpointed):
-            checkpoint_activations(each)
-        if self._compile is not None:
-            for each in parts or [module]:
-                each.compile(**self._compile)
+    def _follow(self, module: nn.Module, before: Mapping[str, nn.Parameter]) -> None:
+        """Note which parameters became which."""
+        self._modules.add(module)
+        for name, new in module.named_parameters(remove_duplicate=False):
+            old = before[name]
+            for attribute, value in vars(old).items():
+                vars(new).setdefault(attribute, value)
+            self._replaced[old] = self._replaced[new] = new
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        """Put the sharded parameters in the place of those that the optimizer was made with."""
+        """Put the sharded parameters in the place of those that the optimizer was made with.
+
+        These are the ones from before ``setup``, or, after a forward pass, the gathered ones.
+        """
+        for module in self._modules:
+            now = dict(module.named_parameters(remove_duplicate=False))
+            free(module)
+            for name, sharded in module.named_parameters(remove_duplicate=False):
+                self._replaced[now[name]] = sharded
         for group in optimizer.param_groups:
             for index, old in enumerate(group["params"]):
                 new = self._replaced.get(old)
@@ -259,24 +292,6 @@ class FSDPStrategy(DistributedStrategy):
                 if old in optimizer.state:
                     optimizer.state[new] = _as_sharded(optimizer.state.pop(old), new)
         return optimizer
-
-    def _bring(self, tensors: Iterable[Tensor]) -> None:
-        """Tensors to the device, with the values of rank 0; what has none yet stays as it is."""
-        real = [tensor for tensor in tensors if not tensor.is_meta]
-        for tensor in real:
-            if tensor.device != self.place.device:
-                tensor.data = tensor.data.to(self.place.device)
-        self._send(real)
-
-    def _send(self, tensors: Iterable[Tensor]) -> None:
-        """The values of rank 0 to all, in place."""
-        if self.place.rank.world_size == 1:
-            return
-        with torch.no_grad():
-            group: Any = dist.group.WORLD
-            sent = [tensor.detach() for tensor in tensors]
-            if sent:
-                dist._broadcast_coalesced(group, sent, _TOGETHER, 0)  # type: ignore[attr-defined]
 
     def _fill(self, module: nn.Module, pending: Pending) -> None:
         """Give what is on the meta device memory, and the values that its construction gives."""
@@ -305,6 +320,19 @@ class FSDPStrategy(DistributedStrategy):
 
         pending.fill(self.place.device, settle)
 
+    def _sender(self, module: nn.Module) -> Callable[[], None] | None:
+        """What sends the buffers of rank 0, where there are any to be sent."""
+        # The modules are looked for once; their buffers may be replaced at any time.
+        owners = [each for each in module.modules() if each._buffers]
+        if not owners or not self._broadcast_buffers or self.place.rank.world_size == 1:
+            return None
+
+        def send_buffers() -> None:
+            found = [buffer for each in owners for buffer in each._buffers.values()]
+            send(buffer for buffer in found if buffer is not None)
+
+        return send_buffers
+
     # -- the step --------------------------------------------------------------------------------
 
     @contextmanager
@@ -330,7 +358,7 @@ class FSDPStrategy(DistributedStrategy):
     ) -> Tensor | None:
         """By value part by part, or by the norm of all parts of all processes."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        grads = [reduced(p.grad) for p in parameters if p.grad is not None]
+        grads = [p.grad for p in parameters if p.grad is not None]
         held = [local(grad) for grad in grads]
         if clip_val is not None:
             torch._foreach_clamp_min_(held, -clip_val)
@@ -352,30 +380,14 @@ class FSDPStrategy(DistributedStrategy):
         """The method, with parameters gathered and buffers sent as for ``forward``."""
         register_fsdp_forward_method(module, name)
         method = super().forward_method(module, name)
-        send = self._sender(module)
+        surroundings = Surroundings(module, self._sender(module))
 
         @wraps(method)
         def run(*args: Any, **kwargs: Any) -> Any:
-            if send is not None:
-                send()
-            output = method(*args, **kwargs)
-            _free_after_evaluation(module)
-            return output
+            with surroundings.around():
+                return method(*args, **kwargs)
 
         return run
-
-    def _sender(self, module: nn.Module) -> Callable[[], None] | None:
-        """What sends the buffers of rank 0, where there are any to be sent."""
-        # The modules are looked for once; their buffers may be replaced at any time.
-        owners = [each for each in module.modules() if each._buffers]
-        if not owners or not self._broadcast_buffers or self.place.rank.world_size == 1:
-            return None
-
-        def send() -> None:
-            found = [buffer for each in owners for buffer in each._buffers.values()]
-            self._send(buffer for buffer in found if buffer is not None)
-
-        return send
 
     # -- state -----------------------------------------------------------------------------------
 
@@ -383,26 +395,35 @@ class FSDPStrategy(DistributedStrategy):
         self, module: nn.Module, state: Mapping[str, Any], strict: bool = True
     ) -> None:
         """Each process takes its parts of the tensors."""
-        own = module.state_dict()
-        parts = {
-            name: part_of(value, own[name]) if name in own else value
-            for name, value in state.items()
-        }
+        own = dict(self.module_state(module))
+        parts: Any = copy(state)
+        for name, value in state.items():
+            parts[name] = part_of(value, own.get(as_written(name)))
         super().load_module_state(module, parts, strict)
+
+    def optimizer_state(self, optimizer: Optimizer, modules: Sequence[nn.Module]) -> dict[str, Any]:
+        """Of the sharded parameters, also where others were gathered and are not free yet."""
+        for module in modules:
+            free(module)
+        return super().optimizer_state(optimizer, modules)
 
     def load_optimizer_state(
         self, optimizer: Optimizer, modules: Sequence[nn.Module], state: Mapping[str, Any]
     ) -> None:
         """Each process takes its parts of the tensors."""
-        super().load_optimizer_state(optimizer, modules, state)
-        for parameter, held in optimizer.state.items():
-            optimizer.state[parameter] = _as_sharded(held, parameter)
-
-
-def _free_after_evaluation(module: Any, *_: Any) -> None:
-    """Free what a forward pass gathered for a backward pass that will not come."""
-    if not torch.is_grad_enabled():
-        module.reshard()
+        for module in modules:
+            free(module)
+        names = parameter_names([self.original(module) for module in modules])
+        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        # By name, or by index as plain torch writes it.
+        own: dict[Any, Any] = {**dict(enumerate(held)), **{names.get(id(p)): p for p in held}}
+        parts = {**state}
+        if isinstance(state.get("state"), Mapping):
+            parts["state"] = {
+                key: _as_sharded(value, own.get(key)) if isinstance(value, Mapping) else value
+                for key, value in state["state"].items()
+            }
+        super().load_optimizer_state(optimizer, modules, parts)
 
 
 def _as_sharded(state: Mapping[str, Any], parameter: Any) -> dict[str, Any]:

@@ -17,9 +17,6 @@ Choice = str | Callable[[nn.Module], bool] | type[nn.Module] | Iterable[type[nn.
 #: Parameters that ``"auto"`` gathers at once at most, whatever the model's size.
 _MOST = 1_000_000_000
 
-#: Without a forward pass of their own there is nothing to gather for.
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
-
 
 def checked(option: str, value: Any) -> Any:
     """The value of an option, classes as a tuple. Raises ``InvalidRequest`` for what is none."""
@@ -95,8 +92,11 @@ def _by_size(module: nn.Module) -> list[nn.Module]:
             size = _count(child)
             if size < least:
                 continue
-            fits = size <= most and not isinstance(child, _CONTAINERS)
-            if fits or not any(True for _ in child.children()):
+            # Without a forward pass of its own there is nothing to gather a module for.
+            runs = type(child).forward is not nn.Module.forward
+            # Of attention torch uses the layer inside without calling it.
+            whole = isinstance(child, nn.MultiheadAttention) or not any(child.children())
+            if runs and (size <= most or whole):
                 chosen.append(child)
             else:
                 visit(child)

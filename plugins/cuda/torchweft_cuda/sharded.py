@@ -12,21 +12,12 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from torchweft.errors import IncompatiblePlan
 
-__all__ = ["check_uneven", "local", "part_of", "reduced", "total_norm"]
+__all__ = ["check_uneven", "local", "part_of", "total_norm"]
 
 
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def reduced(gradient: Tensor) -> Tensor:
-    """A gradient that is no longer a sum waiting to be made."""
-    if isinstance(gradient, DTensor) and any(p.is_partial() for p in gradient.placements):
-        return gradient.redistribute(
-            placements=[Replicate() if p.is_partial() else p for p in gradient.placements]
-        )
-    return gradient
 
 
 def total_norm(gradients: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
@@ -50,8 +41,10 @@ def total_norm(gradients: Sequence[Tensor], norm_type: float, device: torch.devi
     for split, parts in groups.items():
         # A norm of nothing is not defined for every order.
         held = [part for part in parts if part.numel()]
-        norm = nn.utils.get_total_norm(held, norm_type) if held else torch.zeros(())
-        share = norm.to(device, dtype)
+        share = torch.zeros((), dtype=dtype, device=device)
+        if held:
+            norms = torch._foreach_norm(held, norm_type, dtype=dtype)
+            share = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]), norm_type)
         if not largest:
             share = share**norm_type
         for dim in split[1:]:
@@ -75,7 +68,10 @@ def part_of(value: Any, like: Any) -> Any:
     # Nothing need be sent.
     part = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
     if local(part).device == local(like).device:
-        return part
+        held = local(part)
+        # Older versions of torch return a view, which would keep the whole.
+        shared = held.untyped_storage().nbytes() > held.numel() * held.element_size()
+        return part.clone() if shared else part
     # What is kept on the host is on no device of the mesh, where a DTensor is otherwise made.
     moved = torch.empty_like(like, dtype=whole.dtype)
     local(moved).copy_(local(part))

@@ -96,7 +96,8 @@ def _check_names(module: nn.Module, plan: Mapping[str, Any]) -> None:
     """Whether every name of a plan, parts of which may be patterns, is a module's."""
     names = [name for name, _ in module.named_modules() if name]
     for key in plan:
-        if any(_matches(name, key) for name in names):
+        # Without a name it is the module itself.
+        if not key or any(_matches(name, key) for name in names):
             continue
         near = did_you_mean(key, names) or ";"
         raise InvalidRequest(

@@ -68,7 +68,9 @@ class Reset:
             if name in self.names:
                 _mark(whole)
             elif is_plain(held) and not on_meta(held):
-                whole.copy_(held)
+                # What was split meanwhile is put together; every process comes by here.
+                gather = getattr(held, "full_tensor", None)
+                whole.copy_(held if gather is None else gather())
             is_parameter = isinstance(held, nn.Parameter)
             fresh[name] = nn.Parameter(whole, held.requires_grad) if is_parameter else whole
         return fresh
