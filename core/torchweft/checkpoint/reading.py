@@ -17,7 +17,7 @@ from torchweft.checkpoint.metadata import METADATA, read_metadata
 from torchweft.checkpoint.nesting import rebuilt
 from torchweft.checkpoint.parts import stand_in
 from torchweft.checkpoint.restoring import Source
-from torchweft.checkpoint.shards import read_tensors, stored_parts
+from torchweft.checkpoint.shards import is_tensor, read_tensors, stored_parts
 from torchweft.errors import CheckpointError
 
 __all__ = ["Folder"]
@@ -65,7 +65,7 @@ class Folder(Source):
         places = dict(self.metadata.planner_data or {})
         flat = {
             entry: stand_in(described.size, described.properties.dtype)
-            if hasattr(described, "chunks")
+            if is_tensor(described)
             else self._value(entry, weights_only)
             for entry, described in stored.items()
         }
@@ -76,7 +76,7 @@ class Folder(Source):
             for key in found[entry][:-1]:
                 inside = inside.setdefault(key, {})
             inside[found[entry][-1]] = value
-        tensors = [entry for entry in flat if hasattr(stored[entry], "chunks")]
+        tensors = [entry for entry in flat if is_tensor(stored[entry])]
         return _with_lists(content), [(entry, found[entry]) for entry in tensors]
 
     def _value(self, entry: str, weights_only: bool) -> Any:

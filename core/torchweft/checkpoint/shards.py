@@ -20,7 +20,7 @@ from torchweft.checkpoint.parts import Parts
 from torchweft.checkpoint.ranks import Ranks
 from torchweft.errors import CheckpointError
 
-__all__ = ["read_tensors", "stored_parts", "write_tensors"]
+__all__ = ["is_tensor", "read_tensors", "stored_parts", "write_tensors"]
 
 
 def write_tensors(ranks: Ranks, folder: str, parts: Parts) -> Any:
@@ -91,6 +91,13 @@ def _finish(writer: Any, metadata: Any, results: list[Any], parts: Parts) -> Non
     metadata.storage_data = {each.index: each.storage_data for told in results for each in told}
 
 
+def is_tensor(described: Any) -> bool:
+    """Whether an entry of the ``Metadata`` is a tensor, and not pickled."""
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    return isinstance(described, TensorStorageMetadata)
+
+
 def stored_parts(metadata: Any) -> dict[str, list[Any]]:
     """By entry, ``(offset, sizes, storage)`` of the parts that it is stored in."""
     from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -101,7 +108,7 @@ def stored_parts(metadata: Any) -> dict[str, list[Any]]:
             for chunk in stored.chunks
         ]
         for entry, stored in metadata.state_dict_metadata.items()
-        if hasattr(stored, "chunks")
+        if is_tensor(stored)
     }
 
 
@@ -115,6 +122,13 @@ def read_tensors(folder: str, metadata: Any, targets: Mapping[str, Tensor]) -> N
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
+    for entry in targets:
+        # torch unpickles everything else, and so runs code that is in it.
+        if not is_tensor(metadata.state_dict_metadata.get(entry)):
+            raise CheckpointError(
+                f"the description in '{folder}' does not say that '{entry}' is a tensor, which it "
+                "has to be; the folder is damaged, or was changed"
+            )
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     reader = FileSystemReader(folder)
     try:
