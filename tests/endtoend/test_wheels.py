@@ -151,7 +151,7 @@ def test_every_dependency_of_the_core_is_declared(built):
 
 def test_extras(built):
     found = metadata(built, "torchweft")
-    named = {"cuda", "xla", "deepspeed", "all", "testing", "logs", "examples", "dev"}
+    named = {"cuda", "xla", "deepspeed", "all", "testing", "logs", "safetensors", "examples", "dev"}
     assert set(found.provides_extra) == named
     extras = {
         extra: {

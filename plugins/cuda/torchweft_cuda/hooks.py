@@ -57,8 +57,7 @@ def torchweft_strategies() -> list[StrategySpec]:
         StrategySpec(
             name="fsdp",
             target=_FSDP,
-            summary="parameters, gradients and optimizer state split between processes, "
-            "and layers too (fully_shard)",
+            summary="parameters, gradients, optimizer state and layers split between processes",
             devices=("cuda", "cpu"),
             presets=(Preset(alias="fsdp_cpu_offload", options={"cpu_offload": True}),),
             preload=("torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo"),
