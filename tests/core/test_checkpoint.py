@@ -26,7 +26,7 @@ from torchweft.api import (
 )
 from torchweft.builtin.cpu import CPU
 from torchweft.checkpoint import load, load_raw, save
-from torchweft.errors import CheckpointError
+from torchweft.errors import CheckpointError, InvalidRequest
 from torchweft.wrappers import FabricModule, wrap_optimizer
 
 
@@ -117,6 +117,92 @@ def test_objects_are_loaded_on_request_alone(run: Run, tmp_path: Path) -> None:
     assert isinstance(loaded["model"], nn.Linear)
 
 
+def test_what_the_users_code_raises_is_told_and_is_the_cause(run: Run, tmp_path: Path) -> None:
+    def keep(name: str, value: Any) -> bool:
+        raise KeyError(name)
+
+    for name in ("x.ckpt", "x"):
+        with pytest.raises(CheckpointError) as caught:
+            save(run, tmp_path / name, {"model": nn.Linear(1, 1)}, {"model": keep})
+        assert str(caught.value) == f"cannot save to '{tmp_path}/{name}': KeyError: 'weight'"
+        assert isinstance(caught.value.__cause__, KeyError)
+        with pytest.raises(InvalidRequest, match=r"^filter has the key 'modle', which"):
+            save(run, tmp_path / name, {"model": 1}, {"modle": keep})
+
+
+# -- what stays in the file ----------------------------------------------------------------------
+
+
+def mapped_file(tensor: torch.Tensor) -> str:
+    """The file that a tensor's memory is mapped to, if any."""
+    address = tensor.untyped_storage().data_ptr()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        range_, *_, file = line.split(maxsplit=5)
+        start, end = (int(number, 16) for number in range_.split("-"))
+        if start <= address < end:
+            return file if file.startswith("/") else ""
+    return ""
+
+
+class Averages:
+    def __init__(self) -> None:
+        self.held: Any = None
+
+    def state_dict(self) -> Any:
+        return {"held": torch.ones(5000), "same": self.held}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.held = state["held"]
+
+
+def saved_to(run: Run, path: Path) -> dict[str, Any]:
+    model, optimizer = model_and_optimizer(run, seed=0)
+    state = {"model": model, "optimizer": optimizer, "plain": {"ema": torch.ones(5000)}}
+    save(run, path, {**state, "averages": Averages(), "rest": [torch.arange(5000), 3]})
+    return state
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="maps are Linux's to tell")
+def test_what_is_not_asked_for_is_not_read_into_memory(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "x.ckpt"
+    saved_to(run, path)
+    model, optimizer = model_and_optimizer(run, seed=1)
+    averages = Averages()
+    state = {"model": model, "optimizer": optimizer, "averages": averages, "plain": None}
+    left = load(run, path, state)
+    assert list(left) == ["rest"]
+    assert mapped_file(left["rest"][0]) == str(path)
+    # What the run goes on with is its own.
+    held = [*model.parameters(), *(each["momentum_buffer"] for each in optimizer.state.values())]
+    assert [mapped_file(each) for each in held] == [""] * 4
+    assert mapped_file(averages.held) == mapped_file(state["plain"]["ema"]) == ""
+    # Without a state all of it is asked for.
+    assert mapped_file(load(run, path)["rest"][0]) == ""
+    # So it is with objects that were not set up.
+    save(run, path, {"optimizer": optimizer.optimizer, "model": model.module})
+    load(run, path, {"optimizer": optimizer.optimizer, "model": model.module})
+    held = [*model.parameters(), *(each["momentum_buffer"] for each in optimizer.state.values())]
+    assert [mapped_file(each) for each in held] == [""] * 4
+
+
+def test_what_is_left_over_outlives_its_file(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "x.ckpt"
+    state = saved_to(run, path)
+    left = load(run, path, {"model": state["model"]})
+    save(run, path, {"rest": [torch.zeros(5000), 4]})
+    path.unlink()
+    assert torch.equal(left["rest"][0], torch.arange(5000))
+    left["rest"][0][7] = 1  # and may be changed
+
+
+def test_a_file_of_an_older_torch_is_read_whole(run: Run, tmp_path: Path) -> None:
+    content = {"model": nn.Linear(3, 2).state_dict(), "rest": torch.ones(3)}
+    torch.save(content, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    model = nn.Linear(3, 2)
+    assert torch.equal(load(run, tmp_path / "x.pt", {"model": model})["rest"], torch.ones(3))
+    assert torch.equal(model.weight, content["model"]["weight"])
+
+
 RANK = """
 import json, os, sys
 sys.path.insert(0, sys.argv[3])
@@ -166,9 +252,11 @@ def test_every_rank_learns_how_it_ended(tmp_path: Path) -> None:
         for rank in ranks:
             output, errors = rank.communicate(timeout=100)
             assert rank.returncode == 0, errors
-            results.append(json.loads(output))
+            results.append(json.loads(output.splitlines()[-1]))  # gloo may say something before
     finally:
         for rank in ranks:
             rank.kill()
-    refused = f"cannot save to '{tmp_path}/store/x.ckpt': '{tmp_path}/store' is not a folder"
-    assert results == [[refused, True, 0, True], [f"rank 0: {refused}", True, 0, True]]
+    refused = (
+        f"cannot save to '{tmp_path}/store/x.ckpt': rank 0: '{tmp_path}/store' is not a folder"
+    )
+    assert results == [[refused, True, 0, True]] * 2

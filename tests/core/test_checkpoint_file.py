@@ -27,7 +27,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from torchweft.checkpoint.file import read, write
+from torchweft.checkpoint.file import read, stem_of, write
 from torchweft.errors import CheckpointError
 
 CONTENT = {"model": {"w": torch.arange(300.0).reshape(3, 100)}, "step": 7, "name": "a"}
@@ -520,7 +520,50 @@ def test_files_of_others_are_not_swept(tmp_path: Path) -> None:
     ]
 
 
+def test_names_that_begin_alike_are_not_taken_for_one(tmp_path: Path) -> None:
+    stems = {stem_of(f"{'x' * 60}{number}") for number in range(9)}
+    assert len(stems) == 9
+    assert all(len(stem) <= 42 for stem in stems)
+    assert stem_of("x" * 40) == f".{'x' * 40}."
+
+
 # -- what cannot be read -------------------------------------------------------------------------
+
+
+def test_a_mapped_file_is_not_read_from_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "x.ckpt", CONTENT)
+    load = torch.load
+
+    def replaced(*args: Any, **options: Any) -> Any:
+        write(tmp_path / "y.ckpt", CONTENT)
+        os.replace(tmp_path / "y.ckpt", tmp_path / "x.ckpt")
+        return load(*args, **options)
+
+    monkeypatch.setattr("torchweft.checkpoint.file._check_written", lambda name, content: None)
+    monkeypatch.setattr(torch, "load", replaced)
+    with pytest.raises(CheckpointError) as caught:
+        read(tmp_path / "x.ckpt", mapped=True)
+    assert str(caught.value) == (
+        f"'{tmp_path}/x.ckpt' was replaced while it was read; load it again"
+    )
+    assert same(read(tmp_path / "x.ckpt"), CONTENT)
+
+
+def test_a_file_system_that_maps_nothing_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "x.ckpt", CONTENT)
+    load = torch.load
+
+    def refused(*args: Any, mmap: bool | None = None, **options: Any) -> Any:
+        if mmap:
+            raise RuntimeError("unable to mmap 1234 bytes from file: No such device (19)")
+        return load(*args, **options)
+
+    monkeypatch.setattr(torch, "load", refused)
+    assert same(read(tmp_path / "x.ckpt", mapped=True), CONTENT)
 
 
 def test_a_missing_file_is_named_with_its_neighbours(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from torch import nn
 from torchweft import Fabric
 from torchweft.checkpoint import replacing
 from torchweft.checkpoint.metadata import read_metadata
+from torchweft.checkpoint.reading import Folder
+from torchweft.checkpoint.replacing import put_aside
 from torchweft.errors import CheckpointError, InvalidRequest, RankFailed
 from torchweft.testing import run_ranks
 
@@ -504,6 +506,53 @@ def test_what_another_save_is_writing_is_left(fabric: Fabric, tmp_path: Path) ->
         [os.path.basename(aside.path), ".x.1-0000000.tmp", "x"]
     )
     aside.close()
+
+
+def test_long_names_that_begin_alike_are_left_alone(
+    fabric: Fabric, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "an-experiment-whose-name-is-rather-long-number-"
+    fabric.save(tmp_path / f"{name}1", {"n": 1})
+    # As by a save that was killed between two renames.
+    rename = os.rename
+
+    def killed(source: Any, target: Any) -> None:
+        if not str(source).endswith(".old"):
+            rename(source, target)
+        if str(target).endswith(".old"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(replacing, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(os, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fabric.save(tmp_path / f"{name}1", {"n": 2})
+    monkeypatch.undo()
+    with refuses(f"there is no checkpoint '{tmp_path}/{name}2'; "):
+        fabric.load(tmp_path / f"{name}2")
+    fabric.save(tmp_path / f"{name}3", {"n": 3})
+    fabric.save(tmp_path / f"{name}3", {"n": 3})
+    assert put_aside(str(tmp_path / f"{name}2")) == ""
+    os.rename(put_aside(str(tmp_path / f"{name}1")), tmp_path / f"{name}1")
+    assert fabric.load(tmp_path / f"{name}1") == {"n": 1}
+
+
+def test_a_reader_never_meets_half_of_two(fabric: Fabric, tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    fabric.save(tmp_path / "x", {"model": model, "n": 1})
+    opened = Folder(str(tmp_path / "x"))
+    fabric.save(tmp_path / "x", {"model": nn.Linear(2, 2), "n": 2})
+    words = f"'{tmp_path}/x' was replaced while it was read; load it again"
+    with refuses(words):
+        opened.whole(opened.content)
+    # Also where the other does not fit, or there is none.
+    opened = Folder(str(tmp_path / "x"))
+    fabric.save(tmp_path / "x", {"model": nn.Linear(3, 4), "n": 3})
+    with refuses(words):
+        opened.for_model(model.named_parameters, opened.content["model"])
+    opened = Folder(str(tmp_path / "x"))
+    shutil.rmtree(tmp_path / "x")
+    with refuses(words):
+        opened.whole(opened.content)
 
 
 def test_a_failed_exchange_leaves_the_old_one(

@@ -131,6 +131,7 @@ def test_the_document(saved: Path) -> None:
         "key": "model",
         "kind": "model",
         "count": 2,
+        "names": 2,
         "elements": 15,
         "bytes": 60,
         "dtypes": {"float32": 2},
@@ -146,6 +147,23 @@ def test_the_document(saved: Path) -> None:
     file = json.loads(invoke("inspect", f"{saved}.pt", "--json").output)
     assert file["parts"] == parts
     assert (file["form"], file["world_size"]) == ("file", None)
+
+
+def test_a_tied_weight_counts_once(tmp_path: Path) -> None:
+    fabric = Fabric(accelerator="cpu", devices=1)
+    optimizer = torch.optim.SGD((model := Tied()).parameters(), momentum=0.9, lr=0.1)
+    model.head(model.embed.weight).sum().backward()
+    optimizer.step()
+    ema = {"a": torch.empty(0), "b": torch.ones(2)}
+    state = {"model": model, "optimizer": optimizer, "ema": ema}
+    for name in ("x", "x.pt"):
+        fabric.save(tmp_path / name, state)
+        output = invoke("inspect", tmp_path / name).output
+        assert re.search(r"\nmodel +model +3 +32 +128 B +float32 +4 names\n", output), output
+        assert re.search(r"\nema +tensors +2 +2 +8 B +float32\n", output), output
+        part = json.loads(invoke("inspect", tmp_path / name, "--json").output)["parts"][0]
+        assert (part["count"], part["names"], part["dtypes"]) == (3, 4, {"float32": 3})
+        assert len(part["tensors"]) == 4
 
 
 def test_a_file_of_one_state_alone(tmp_path: Path) -> None:

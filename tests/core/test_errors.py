@@ -50,3 +50,10 @@ def test_did_you_mean_names_a_known_name_whatever_their_order(name: str, known: 
     words = errors.did_you_mean(name, sorted(known))
     assert words == errors.did_you_mean(name, sorted(known, reverse=True))
     assert words == "" or any(words == f"; did you mean '{each}'?" for each in known)
+
+
+def test_a_long_list_says_how_many_more_there_are() -> None:
+    assert errors.listed([]) == ""
+    assert errors.listed(list("abcdefgh")) == "a, b, c, d, e, f, g, h"
+    assert errors.listed(list("abcdefghij")) == "a, b, c, d, e, f, g, h and 2 more"
+    assert errors.listed(["a", "b"], shown=1) == "a and 1 more"

@@ -251,3 +251,243 @@ def test_a_rank_that_is_killed_leaves_the_old_one(tmp_path, moment):
     assert torch.equal(loaded["model"]["0.weight"], model()[0].weight)
     run_ranks(2, dies, path, 3, "", strategy="fsdp")
     assert os.listdir(tmp_path) == ["x"]
+
+
+# -- ranks that do not give the same -------------------------------------------------------------
+
+FORMS = pytest.mark.parametrize("name", ["x.ckpt", "x"])
+
+
+def told(function, *args):
+    """What an error says, as every rank is still there to say."""
+    try:
+        function(*args)
+    except CheckpointError as error:
+        return str(error)
+
+
+class Meter:
+    def state_dict(self):
+        return {"total": torch.ones(2)}
+
+
+def gives_more(fabric, path):
+    plain = model()
+    wrapped, optimizer = fabric.setup(plain, torch.optim.AdamW(plain.parameters()))
+    state = {"model": wrapped, "both": {"n": fabric.global_rank}, "optimizer": optimizer}
+    if fabric.is_global_zero:
+        state = {"history": [1, 2], "meter": Meter(), "ema": nn.Linear(1, 1), **state}
+    else:
+        state = {**dict(reversed(state.items())), "own": Meter()}
+    fabric.save(path, state)
+    loaded = fabric.load(path)
+    return list(loaded), loaded["history"], loaded["both"], list(loaded["ema"])
+
+
+@FORMS
+def test_what_rank_0_alone_has_is_saved(tmp_path, name):
+    keys = ["history", "meter", "ema", "model", "both", "optimizer"]
+    for found in run_ranks(2, gives_more, tmp_path / name, strategy="fsdp"):
+        assert found == (keys, [1, 2], {"n": 0}, ["weight", "bias"])
+
+
+def gives_others(fabric, path):
+    plain = model()
+    wrapped, optimizer = fabric.setup(plain, torch.optim.AdamW(plain.parameters()))
+    first = fabric.is_global_zero
+    cases = [
+        {"model": wrapped, **({"optimizer": optimizer} if first else {"n": 3})},
+        {"parts": [wrapped], **({} if first else {"shard": {"w": wrapped[0].weight}})},
+        {"parts": [wrapped, optimizer] if first else [optimizer, wrapped]},
+        {"parts": dict([("m", wrapped), ("o", optimizer)][:: 1 if first else -1])},
+    ]
+    return [told(fabric.save, path, state) for state in cases], os.path.exists(path)
+
+
+@FORMS
+def test_models_that_not_all_ranks_give_are_named_in_all_of_them(tmp_path, name):
+    path = tmp_path / name
+    start = f"cannot save to '{path}': "
+    end = (
+        "; every rank has to give the same models, optimizers and sharded tensors, in the same "
+        "order, while of other values rank 0's are written"
+    )
+    words = [
+        "only rank 0 has state['optimizer'], an optimizer",
+        "only ranks 1, 2 have state['shard']['w'], a sharded tensor",
+        (
+            "only rank 0 has state['parts'][0], a model, only rank 0 has state['parts'][1], an "
+            "optimizer, only ranks 1, 2 have state['parts'][0], an optimizer, only ranks 1, 2 have "
+            "state['parts'][1], a model"
+        ),
+        "what is in state['parts'] comes in another order in ranks 1, 2",
+    ]
+    expected = [f"{start}{each}{end}" for each in words]
+    assert run_ranks(3, gives_others, path, strategy="fsdp") == [(expected, False)] * 3
+
+
+def filters(fabric, path, who, keep):
+    wrapped = fabric.setup(model())
+    mine = {"model": keep} if fabric.global_rank == who else None
+    return told(fabric.save, path, {"model": wrapped}, mine) or list(fabric.load(path)["model"])
+
+
+def last_layer(name, value):
+    return name.startswith("3.") and value.dim() > 0
+
+
+def has_numbers(name, value):
+    return bool(value.sum() != 0)
+
+
+@FORMS
+def test_the_filter_that_holds_is_rank_0s_whoever_has_one(tmp_path, name):
+    path = tmp_path / name
+    kept = run_ranks(2, filters, path, 0, last_layer, strategy="fsdp")
+    assert kept == [["3.weight", "3.bias"]] * 2
+    kept = run_ranks(2, filters, path, 1, last_layer, strategy="fsdp")
+    assert kept == [list(model().state_dict())] * 2
+
+
+def test_a_filter_of_one_rank_does_not_wait_for_the_others_numbers(tmp_path):
+    file = run_ranks(2, filters, tmp_path / "x.ckpt", 0, has_numbers, strategy="fsdp")
+    assert "0.weight" in file[0]
+    folder = run_ranks(2, filters, tmp_path / "x", 0, has_numbers, strategy="fsdp")
+    assert folder[0] == folder[1]
+    assert folder[0].startswith(f"cannot save to '{tmp_path}/x': rank 0: ")
+    assert "meta tensor" in folder[0]
+
+
+# -- one rank fails ------------------------------------------------------------------------------
+
+
+def filter_fails(fabric, path, rank):
+    wrapped = fabric.setup(model())
+    fabric.save(path, {"model": wrapped, "n": 1})
+
+    def keep(name, value):
+        if fabric.global_rank == rank and name == "1.weight":
+            raise KeyError(name)
+        return True
+
+    words = told(fabric.save, path, {"model": wrapped, "again": wrapped}, {"model": keep})
+    return words, fabric.load(path)["n"]
+
+
+@FORMS
+def test_a_filter_that_fails_is_told_to_all(tmp_path, name):
+    words = f"cannot save to '{tmp_path}/{name}': rank 0: KeyError: '1.weight'"
+    assert run_ranks(2, filter_fails, tmp_path / name, 0, strategy="fsdp") == [(words, 1)] * 2
+
+
+def cannot_give(fabric, path):
+    state = {"model": fabric.setup(model()), "last": _Unsaved() if fabric.global_rank else Meter()}
+    return told(fabric.save, path, state)
+
+
+@FORMS
+def test_an_object_without_a_state_is_told_to_all(tmp_path, name):
+    words = f"cannot save to '{tmp_path}/{name}': rank 1: ValueError: not now"
+    assert run_ranks(2, cannot_give, tmp_path / name, strategy="fsdp") == [words] * 2
+
+
+def cannot_read(fabric, path, what):
+    wrapped = fabric.setup(model())
+    fabric.save(path, {"model": wrapped, "n": 1})
+    state = {"model": wrapped}
+    if fabric.global_rank == 1 and what == "open":
+        path = f"{path}2"
+    elif fabric.global_rank == 1 and what == "keys":
+        state["other"] = 1
+    elif fabric.global_rank == 1:
+        import torch.distributed.checkpoint.filesystem as filesystem
+
+        def bad(*args):
+            raise OSError(5, "Input/output error")
+
+        filesystem.FileSystemReader.read_data = bad
+    return told(fabric.load, path, state)
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "words"),
+    [
+        ("x", "open", "rank 1: there is no checkpoint '{}2'; "),
+        ("x.ckpt", "open", "rank 1: there is no checkpoint '{}2'; "),
+        ("x", "keys", "rank 1: '{}': the checkpoint has no 'other'; it holds 'model', 'n'"),
+        ("x.ckpt", "keys", "rank 1: '{}': the checkpoint has no 'other'; it holds 'model', 'n'"),
+        ("x", "tensors", "rank 1: '{0}': cannot restore state['model'] (FabricModule): cannot "),
+    ],
+)
+def test_no_rank_goes_on_with_what_another_could_not_load(tmp_path, name, what, words):
+    path = tmp_path / name
+    one, other = run_ranks(2, cannot_read, path, what, strategy="fsdp")
+    assert one == other
+    assert one.startswith(words.format(path))
+
+
+# -- memory --------------------------------------------------------------------------------------
+
+
+def counts_whole(fabric, path):
+    """The most gathered tensors that this rank had at one time, and how many it gathered."""
+    import weakref
+
+    from torch.distributed.tensor import DTensor
+
+    plain = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)))
+    wrapped, optimizer = fabric.setup(plain, torch.optim.AdamW(plain.parameters()))
+    fabric.backward(wrapped(torch.ones(2, 8)).sum())
+    optimizer.step()
+    gather, made, most = DTensor.full_tensor, [], 0
+
+    def counted(self, *args, **kwargs):
+        nonlocal most
+        gathered = gather(self, *args, **kwargs)
+        made.append(weakref.ref(gathered))
+        most = max(most, sum(each() is not None for each in made))
+        return gathered
+
+    DTensor.full_tensor = counted
+    plain_too = {"ema": [p.detach() for p in wrapped.parameters()]}
+    fabric.save(path, {"model": wrapped, "optimizer": optimizer, "plain": plain_too})
+    return most, len(made)
+
+
+def test_the_one_file_is_gathered_onto_rank_0_one_tensor_at_a_time(tmp_path):
+    first, *others = run_ranks(3, counts_whole, tmp_path / "x.ckpt", strategy="fsdp")
+    # Twelve parameters, two tensors of the optimizer for each, and once more.
+    assert first[1] == 48
+    # One more while the next is made, before its name is given to it.
+    assert [(most <= 2, count) for most, count in others] == [(True, 48)] * 2
+
+
+def loads_model(fabric, path):
+    def mapped(tensor):
+        address = tensor.untyped_storage().data_ptr()
+        with open("/proc/self/maps", encoding="utf-8") as maps:
+            for line in maps:
+                start, end = (int(number, 16) for number in line.split()[0].split("-"))
+                if start <= address < end:
+                    return line.rstrip().endswith(".ckpt")
+        return False
+
+    plain = model()
+    wrapped, optimizer = fabric.setup(plain, torch.optim.AdamW(plain.parameters()))
+    state = {"model": wrapped, "optimizer": optimizer}
+    fabric.backward(wrapped(torch.ones(4, 8)).sum())
+    optimizer.step()
+    fabric.save(path, state)
+    left = fabric.load(path, {"model": wrapped})["optimizer"]["state"]["0.weight"]
+    fabric.load(path, state)
+    held = [*wrapped.parameters(), *wrapped.buffers()]
+    held += [tensor for each in optimizer.state.values() for tensor in each.values()]
+    own = [getattr(tensor, "to_local", lambda t=tensor: t)() for tensor in held]
+    return mapped(left["exp_avg"]), any(map(mapped, own))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="maps are Linux's to tell")
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
+def test_what_is_left_over_stays_in_the_file_and_what_is_loaded_does_not(tmp_path, strategy):
+    found = run_ranks(2, loads_model, tmp_path / "x.ckpt", strategy=strategy)
+    assert found == [(True, False)] * 2

@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torchweft.api import Run
+from torchweft.checkpoint.agreeing import agreed
 from torchweft.checkpoint.file import write
 from torchweft.checkpoint.folder import is_folder_path, save_folder
 from torchweft.checkpoint.opening import open_checkpoint
-from torchweft.checkpoint.restoring import restore
+from torchweft.checkpoint.ranks import Ranks
+from torchweft.checkpoint.restoring import Source, restore
 from torchweft.checkpoint.state import collect
 from torchweft.errors import CheckpointError
 
@@ -41,26 +43,32 @@ def _save_file(
     state: Mapping[str, Any],
     filter: Mapping[str, Callable[[str, Any], bool]] | None,
 ) -> None:
-    is_writer = run.rank.rank == 0
-    content = collect(
-        state,
-        strategy=run.strategy,
-        precision=run.precision,
-        is_writer=is_writer,
-        filter=filter,
-    )
-    failure: CheckpointError | None = None
-    if is_writer:
+    ranks = Ranks(run)
+    content: list[Any] = []
+    start = f"cannot save to '{os.path.abspath(path)}': "
+
+    def gather() -> None:
+        gathered = collect(
+            state,
+            strategy=run.strategy,
+            precision=run.precision,
+            is_writer=ranks.is_first,
+            filter=filter,
+        )
+        content.append(gathered)
+
+    def put() -> None:
         try:
-            write(path, content)
+            write(path, content.pop())
         except CheckpointError as error:
-            failure = error
-    # Told to all, so that none waits for a rank that went to handle the error.
-    message = run.collectives.broadcast(None if failure is None else str(failure))
-    if failure is not None:
-        raise failure
-    if message is not None:
-        raise CheckpointError(f"rank 0: {message}")
+            raise CheckpointError(str(error).removeprefix(start)) from error.__cause__
+
+    try:
+        state, filter = agreed(ranks, state, filter)
+        ranks.all(gather)
+        ranks.first(put)
+    except CheckpointError as error:
+        raise CheckpointError(f"{start}{error}") from error.__cause__
 
 
 def load(
@@ -72,9 +80,11 @@ def load(
 ) -> dict[str, Any]:
     """Fill ``state`` in place from ``path``, which every rank reads; returns what is left over.
 
-    Everything, when ``state`` is None. Raises ``CheckpointError`` with the path.
+    Everything, when ``state`` is None; otherwise tensors that are left over may still be in the
+    file, from which they are read once they are used. Raises ``CheckpointError`` with the path, in
+    every rank when it failed in one.
     """
-    return _load(run, path, {} if state is None else state, strict, weights_only)
+    return _load(run, path, state, strict, weights_only)
 
 
 def load_raw(
@@ -88,7 +98,7 @@ def load_raw(
 
     Or from a folder, of those that torch.distributed.checkpoint writes.
 
-    Raises ``CheckpointError`` with the path.
+    Raises ``CheckpointError`` with the path, in every rank when it failed in one.
     """
     _load(run, path, obj, strict, weights_only)
 
@@ -100,7 +110,33 @@ def _load(
     strict: bool,
     weights_only: bool | None,
 ) -> dict[str, Any]:
-    content, source = open_checkpoint(path, weights_only is not False)
+    ranks = Ranks(run)
+    opened: list[tuple[Any, Source]] = []
+    left: list[dict[str, Any]] = []
+    # Of what is not asked for, nothing need be in memory.
+    mapped = state is not None and weights_only is not False
+
+    def read() -> None:
+        opened.append(open_checkpoint(path, weights_only is not False, mapped))
+
+    def fill() -> None:
+        content, source = opened.pop()
+        left.append(_restored(run, path, content, {} if state is None else state, strict, source))
+
+    # Told to all, so that none goes on with what another could not load.
+    ranks.all(read)
+    ranks.all(fill)
+    return left.pop()
+
+
+def _restored(
+    run: Run,
+    path: str | os.PathLike[str],
+    content: Any,
+    state: Any,
+    strict: bool,
+    source: Source,
+) -> dict[str, Any]:
     try:
         return restore(
             content,

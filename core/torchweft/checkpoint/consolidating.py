@@ -88,7 +88,7 @@ def _model(
 
 
 def _whole(source: Source, value: Any) -> Mapping[str, Any]:
-    state: Mapping[str, Any] = source.whole(value)
+    state: Mapping[str, Any] = source.unused(value)
     return state
 
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from torchweft.checkpoint.opening import open_checkpoint
 from torchweft.checkpoint.reading import Folder
+from torchweft.checkpoint.restoring import Source
 from torchweft.checkpoint.state import RESERVED
+from torchweft.errors import listed
 
 __all__ = ["describe", "is_model"]
-
-_SHOWN = 8
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         "form": "folder" if isinstance(source, Folder) else "file",
         "bytes": sum(_sizes(os.fspath(path))),
         **{name: None if manifest is None else getattr(manifest, name) for name in names},
-        "parts": [_part(key, value) for key, value in _items(content)],
+        "parts": [_part(key, value, source) for key, value in _items(content)],
     }
 
 
@@ -60,11 +60,11 @@ def _items(content: Any) -> list[tuple[str, Any]]:
     return [(str(key), value) for key, value in content.items() if key != RESERVED]
 
 
-def _part(key: str, value: Any) -> dict[str, Any]:
+def _part(key: str, value: Any, source: Source) -> dict[str, Any]:
     if is_model(value):
         tensors = [(name, each) for name, each in value.items() if isinstance(each, Tensor)]
         kind = "model" if hasattr(value, "_metadata") else "tensors"
-        return {"key": key, "kind": kind, **_tensors(tensors)}
+        return {"key": key, "kind": kind, **_tensors(tensors, source)}
     if _is_optimizer(value):
         states = value["state"]
         tensors = [
@@ -78,7 +78,7 @@ def _part(key: str, value: Any) -> dict[str, Any]:
         return {
             "key": key,
             "kind": "optimizer",
-            **_tensors(tensors),
+            **_tensors(tensors, source),
             "groups": len(value["param_groups"]),
             "lr": [rate.item() if isinstance(rate, Tensor) else rate for rate in rates],
             "state": sorted({name.rpartition(".")[2] for name, _ in tensors}),
@@ -94,12 +94,15 @@ def _is_optimizer(value: Any) -> bool:
     )
 
 
-def _tensors(named: list[tuple[str, Tensor]]) -> dict[str, Any]:
-    dtypes = Counter(_dtype(each) for _, each in named)
+def _tensors(named: list[tuple[str, Tensor]], source: Source) -> dict[str, Any]:
+    # A tied weight has several names, and is stored once.
+    stored = {source.stored_at(each): each for _, each in named}.values()
+    dtypes = Counter(map(_dtype, stored))
     return {
-        "count": len(named),
-        "elements": sum(each.numel() for _, each in named),
-        "bytes": sum(each.numel() * each.element_size() for _, each in named),
+        "count": len(stored),
+        "names": len(named),
+        "elements": sum(each.numel() for each in stored),
+        "bytes": sum(each.numel() * each.element_size() for each in stored),
         "dtypes": dict(sorted(dtypes.items())),
         "tensors": [
             {"name": name, "shape": list(each.shape), "dtype": _dtype(each)} for name, each in named
@@ -119,9 +122,7 @@ def _shown(value: Any) -> Any:
         shape = "x".join(map(str, value.shape)) or "scalar"
         return f"tensor of {_dtype(value)}, {shape}"
     if isinstance(value, Mapping):
-        shown = ", ".join(map(str, list(value)[:_SHOWN]))
-        more = f" and {len(value) - _SHOWN} more" if len(value) > _SHOWN else ""
-        return f"dict of {shown}{more}" if value else "empty dict"
+        return f"dict of {listed(list(map(str, value)))}" if value else "empty dict"
     if isinstance(value, list | tuple):
         return f"{type(value).__name__} of {len(value)}"
     return type(value).__name__

@@ -216,25 +216,25 @@ def read(
     """
     shown = os.path.abspath(path)
     head = _head(shown)
-    before = identity(shown)
     try:
-        content = _load(shown, map_location, weights_only, mapped)
-    except MemoryError:
+        if mapped and zipfile.is_zipfile(shown):
+            # Some file systems map nothing.
+            with suppress(RuntimeError):
+                return _map(shown, map_location, weights_only)
+        return torch.load(shown, map_location=map_location, weights_only=weights_only)
+    except (CheckpointError, MemoryError):
         raise
     except Exception as error:
         raise CheckpointError(_explain(shown, head, error, weights_only)) from error
-    # It is opened more than once, each time perhaps as another file.
-    if identity(shown) != before:
-        raise CheckpointError(f"'{shown}' was replaced while it was read; load it again")
+
+
+def _map(path: str, map_location: Any, weights_only: bool) -> Any:
+    before = identity(path)
+    content = torch.load(path, map_location=map_location, weights_only=weights_only, mmap=True)
+    # It is opened by its name for what it says and again for its tensors.
+    if identity(path) != before:
+        raise CheckpointError(f"'{path}' was replaced while it was read; load it again")
     return content
-
-
-def _load(path: str, map_location: Any, weights_only: bool, mapped: bool) -> Any:
-    if mapped and zipfile.is_zipfile(path):
-        # Some file systems map nothing.
-        with suppress(RuntimeError):
-            return torch.load(path, map_location=map_location, weights_only=weights_only, mmap=True)
-    return torch.load(path, map_location=map_location, weights_only=weights_only)
 
 
 def identity(path: str) -> tuple[int, ...] | None:

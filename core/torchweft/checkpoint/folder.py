@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from torchweft.api import Run
+from torchweft.checkpoint.agreeing import agreed
 from torchweft.checkpoint.file import write
 from torchweft.checkpoint.manifest import VALUES, Entry, Manifest
 from torchweft.checkpoint.parts import Parts, collect_parts
@@ -42,7 +43,8 @@ def save_folder(
     """
     ranks = Ranks(run)
     try:
-        parts = collect_parts(run, ranks, state, filter)
+        state, filters = agreed(ranks, state, filter)
+        parts = collect_parts(run, ranks, state, filters)
         target = ranks.first(lambda: check_target(path))
         _save(run, ranks, target, parts)
     except CheckpointError as error:

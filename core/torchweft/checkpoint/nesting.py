@@ -10,7 +10,16 @@ from torch import Tensor
 
 from torchweft.errors import CheckpointError
 
-__all__ = ["has_state", "key_list", "on_host", "rebuilt", "sequence_like", "whole"]
+__all__ = [
+    "has_state",
+    "is_sharded",
+    "key_list",
+    "local",
+    "on_host",
+    "rebuilt",
+    "sequence_like",
+    "whole",
+]
 
 
 def has_state(value: Any) -> bool:
@@ -45,17 +54,46 @@ def sequence_like(old: Any, items: list[Any]) -> Any:
 
 
 def on_host(value: Any, path: str, *, keep: bool) -> Any:
-    """Tensors whole and on the CPU; ``keep=False`` takes part in gathering alone."""
-    if isinstance(value, Tensor):
-        gathered = whole(value)
-        if not keep:
+    """Tensors whole and on the CPU; ``keep=False`` takes part in gathering alone.
+
+    What fails here is raised when all is gathered, since the other ranks go on.
+    """
+    failures: list[Exception] = []
+
+    def moved(item: Any, where: str) -> Any:
+        if not isinstance(item, Tensor):
+            return rebuilt(item, lambda each, key: moved(each, f"{where}[{key!r}]"))
+        gathered = whole(item)
+        if not keep or failures:
             return None
-        if gathered.is_meta:
-            raise CheckpointError(
-                f"{path} is on the meta device and holds no data; fill it before saving"
-            )
-        return gathered if gathered.device.type == "cpu" else gathered.detach().cpu()
-    return rebuilt(value, lambda item, key: on_host(item, f"{path}[{key!r}]", keep=keep))
+        try:
+            return _moved(gathered, where)
+        except Exception as error:
+            failures.append(error)
+
+    host = moved(value, path)
+    if failures:
+        raise failures[0]
+    return host
+
+
+def _moved(tensor: Tensor, path: str) -> Tensor:
+    if tensor.is_meta:
+        raise CheckpointError(
+            f"{path} is on the meta device and holds no data; fill it before saving"
+        )
+    return tensor if tensor.device.type == "cpu" else tensor.detach().cpu()
+
+
+def is_sharded(value: Any) -> bool:
+    """Whether it is a tensor that is spread over a mesh of processes."""
+    return isinstance(value, Tensor) and hasattr(value, "device_mesh")
+
+
+def local(value: Any) -> Tensor:
+    """What this rank has of a tensor."""
+    held: Tensor = value.to_local() if is_sharded(value) else value
+    return held
 
 
 def whole(value: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torchweft.checkpoint.file import read
 from torchweft.checkpoint.manifest import MANIFEST, Manifest
+from torchweft.checkpoint.mapping import MappedFile
 from torchweft.checkpoint.reading import Folder
 from torchweft.checkpoint.replacing import put_aside
 from torchweft.checkpoint.restoring import Source
@@ -19,6 +20,8 @@ def open_checkpoint(
     path: str | os.PathLike[str], weights_only: bool = True, mapped: bool = False
 ) -> tuple[Any, Source]:
     """What a file or a folder holds, and who has its tensors.
+
+    ``mapped``: those of a file stay in it, where its form allows it.
 
     Raises ``CheckpointError`` where none is, naming what is there instead.
     """
@@ -38,4 +41,5 @@ def open_checkpoint(
             f"there is no checkpoint '{shown}', since a save that was to replace it was killed; "
             f"the one before is whole: rename '{aside}' to '{shown}'"
         )
-    return read(path, weights_only=weights_only, mapped=mapped), Source()
+    content = read(path, weights_only=weights_only, mapped=mapped)
+    return content, MappedFile() if mapped else Source()

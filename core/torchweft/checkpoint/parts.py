@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchweft.api import Run
-from torchweft.api.state import module_versions, named_module_state, parameter_names
-from torchweft.checkpoint.nesting import has_state, on_host, rebuilt
+from torchweft.api.state import as_written, module_versions, parameter_names
+from torchweft.checkpoint.nesting import is_sharded, local, on_host, rebuilt
 from torchweft.checkpoint.ranks import Ranks
-from torchweft.checkpoint.state import RESERVED, Filter, check_request, reserved_state
+from torchweft.checkpoint.state import RESERVED, Filter, Taken, reserved_state
 from torchweft.errors import CheckpointError
 from torchweft.wrappers import FabricModule, FabricOptimizer
 
-__all__ = ["Parts", "Place", "collect_parts", "is_sharded", "stand_in"]
+__all__ = ["Parts", "Place", "collect_parts", "stand_in"]
 
 #: The keys that lead to a value in nested dicts, lists and tuples.
 Place = tuple[Any, ...]
@@ -45,25 +45,21 @@ class Parts:
 
 
 def collect_parts(
-    run: Run, ranks: Ranks, state: Mapping[str, Any], filter: Mapping[str, Filter] | None
+    run: Run, ranks: Ranks, state: Mapping[str, Any], filters: Mapping[str, Filter]
 ) -> Parts:
     """This rank's part of everything in ``state``; to be called in every rank.
 
-    Tensors of models and of optimizers stay where they are; of everything else rank 0's is taken,
-    as in a checkpoint of one file. ``filter`` sees sharded tensors as they are, and what it
-    decides in rank 0 holds.
+    Both are as the ranks agreed. Tensors of models and of optimizers stay where they are; of
+    everything else rank 0's is taken, as in a checkpoint of one file. Filters see sharded tensors
+    as they are, and what they decide in rank 0 holds.
 
-    Raises:
-        InvalidRequest: when ``state`` or ``filter`` is not of the form.
-        CheckpointError: in every rank, when a part has no state to save in one.
+    Raises ``CheckpointError`` in every rank, when a part has no state to save in one.
     """
-    filters = check_request(state, filter)
     collector = _Collector(run, ranks)
     for key, value in state.items():
         collector.add(key, value, filters.get(key))
+    collector.add_reserved()
     parts = collector.parts
-    reserved = reserved_state(run.strategy, run.precision)
-    parts.content[RESERVED] = on_host(reserved, RESERVED, keep=ranks.is_first)
     parts.ties = ranks.first(lambda: _ties(parts.tensors))
     for entry in parts.ties:
         parts.tensors.pop(entry, None)
@@ -80,6 +76,7 @@ class _Collector:
 
     def __init__(self, run: Run, ranks: Ranks) -> None:
         self._strategy = run.strategy
+        self._precision = run.precision
         self._ranks = ranks
         self.parts = Parts()
 
@@ -91,23 +88,36 @@ class _Collector:
 
         self._ranks.all(collect)
 
+    def add_reserved(self) -> None:
+        """What is kept beside the user's objects."""
+
+        def collect() -> None:
+            reserved = reserved_state(self._strategy, self._precision)
+            self.parts.content[RESERVED] = self._whole(reserved, (), RESERVED)
+
+        self._ranks.all(collect)
+
     def _value(self, value: Any, place: Place, keep: Filter | None = None) -> Any:
         if isinstance(value, FabricModule):
             entries = self._strategy.module_state(value.prepared)
             original = self._strategy.original(value.prepared)
             return self._model(original, entries, place, keep, own=False)
-        if isinstance(value, nn.Module):
-            return self._model(value, named_module_state(value), place, keep, own=True)
         if isinstance(value, FabricOptimizer):
             state = self._strategy.optimizer_state(value.optimizer, value.modules)
             return self._optimizer(state, place, keep, own=False)
-        if isinstance(value, Optimizer):
-            return self._optimizer(value.state_dict(), place, keep, own=True)
-        if has_state(value):
-            value = value.state_dict()
-        elif keep is None and isinstance(value, dict | list | tuple):
+        if isinstance(value, Taken):
+            return self._taken(value, place, keep)
+        if keep is None and isinstance(value, dict | list | tuple):
             return rebuilt(value, lambda item, key: self._value(item, (*place, key)))
         return self._whole(self._kept(value, place, keep), place)
+
+    def _taken(self, value: Taken, place: Place, keep: Filter | None) -> Any:
+        if isinstance(value.of, nn.Module):
+            entries = [(as_written(name), each) for name, each in value.state.items()]
+            return self._model(value.of, entries, place, keep, own=True)
+        if isinstance(value.of, Optimizer):
+            return self._optimizer(value.state, place, keep, own=True)
+        return self._whole(self._kept(value.state, place, keep), place)
 
     def _model(
         self,
@@ -163,8 +173,8 @@ class _Collector:
             self.parts.tensors[entry] = value.detach()
         return stand_in(value.shape, value.dtype)
 
-    def _whole(self, value: Any, place: Place) -> Any:
-        path = "state" + "".join(f"[{key!r}]" for key in place)
+    def _whole(self, value: Any, place: Place, under: str = "state") -> Any:
+        path = under + "".join(f"[{key!r}]" for key in place)
         return on_host(value, path, keep=self._ranks.is_first)
 
     def _kept(self, entries: Any, place: Place, keep: Filter | None) -> Any:
@@ -183,11 +193,6 @@ class _Collector:
         for name in [name for name in entries if name not in names]:
             del kept[name]
         return kept
-
-
-def is_sharded(value: Any) -> bool:
-    """Whether a tensor is spread over a mesh of processes."""
-    return hasattr(value, "device_mesh")
 
 
 def _can_be_split(value: Any) -> bool:
@@ -209,21 +214,15 @@ def _entry_for(place: Place, taken: Mapping[str, Place]) -> str:
     return entry
 
 
-def _local(value: Any) -> Tensor:
-    """What this rank has of it."""
-    local: Tensor = value.to_local() if is_sharded(value) else value
-    return local
-
-
 def _ties(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """By entry, the earlier entry that has the very same memory."""
     first: dict[Any, str] = {}
     ties = {}
     for entry, value in tensors.items():
-        local = _local(value)
-        if not local.numel():
+        held = local(value)
+        if not held.numel():
             continue
-        where = (local.data_ptr(), local.device, local.dtype, local.shape, local.stride())
+        where = (held.data_ptr(), held.device, held.dtype, held.shape, held.stride())
         if first.setdefault(where, entry) != entry:
             ties[entry] = first[where]
     return ties

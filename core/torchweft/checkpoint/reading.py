@@ -6,23 +6,23 @@ import io
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchweft.checkpoint.file import first_line, read
+from torchweft.api.state import unlike_shapes
+from torchweft.checkpoint.file import first_line, identity, read
 from torchweft.checkpoint.manifest import MANIFEST, VALUES, Manifest
 from torchweft.checkpoint.metadata import METADATA, read_metadata
 from torchweft.checkpoint.nesting import rebuilt
 from torchweft.checkpoint.parts import stand_in
 from torchweft.checkpoint.restoring import Source
 from torchweft.checkpoint.shards import is_tensor, read_tensors, stored_parts
-from torchweft.errors import CheckpointError
+from torchweft.errors import CheckpointError, listed
 
 __all__ = ["Folder"]
-
-_SHOWN = 8
 
 
 class Folder(Source):
@@ -38,23 +38,31 @@ class Folder(Source):
         self.path = path
         self.manifest: Manifest | None = None
         self._metadata: Any = None
-        if os.path.exists(os.path.join(path, MANIFEST)):
-            self.manifest = Manifest.read(path)
-            values = read(os.path.join(path, VALUES), weights_only=weights_only)
-            self.content, places = _checked(path, values)
-        else:
-            _check_foreign(path)
-            self._metadata = read_metadata(path)
-            self.content, places = self._foreign(weights_only)
+        self._stored: dict[str, list[Any]] | None = None
+        self._identity = _identity(path)
+        with self._unchanged():
+            places = self._open(weights_only)
         self._entries = {
             id(value): entry for entry, value in _stand_ins(path, self.content, places)
         }
+
+    def _open(self, weights_only: bool) -> list[Any]:
+        """Read all but the tensors; returns where those belong."""
+        if not os.path.exists(os.path.join(self.path, MANIFEST)):
+            _check_foreign(self.path)
+            self.content, places = self._foreign(weights_only)
+            return places
+        self.manifest = Manifest.read(self.path)
+        values = read(os.path.join(self.path, VALUES), weights_only=weights_only)
+        self.content, places = _checked(self.path, values)
+        return places
 
     @property
     def metadata(self) -> Any:
         """Where the tensors are stored."""
         if self._metadata is None:
-            self._metadata = read_metadata(self.path)
+            with self._unchanged():
+                self._metadata = read_metadata(self.path)
         return self._metadata
 
     # -- what others wrote -----------------------------------------------------------------------
@@ -100,22 +108,30 @@ class Folder(Source):
         """``value`` with its tensors, whole and on the CPU."""
         targets: dict[str, Tensor] = {}
         shared: dict[Any, Tensor] = {}
-        parts = stored_parts(self.metadata) if self._entries else {}
 
         def target(item: Any, _: Any = None) -> Any:
             entry = self._entry(item)
             if entry is None:
                 return rebuilt(item, target)
             # What is stored once is one tensor with several names.
-            stored = tuple((p.relative_path, p.offset) for *_, p in parts.get(entry, ()))
-            key = (stored, item.shape, item.dtype) if stored else entry
+            key = self.stored_at(item)
             if key not in shared:
                 shared[key] = targets[entry] = torch.empty(item.shape, dtype=item.dtype)
             return shared[key]
 
         filled = target(value)
-        read_tensors(self.path, self.metadata if targets else None, targets)
+        self._read(targets)
         return filled
+
+    def stored_at(self, tensor: Tensor) -> Any:
+        """Where in the files it is."""
+        entry = self._entry(tensor)
+        if entry is None:
+            return super().stored_at(tensor)
+        if self._stored is None:
+            self._stored = stored_parts(self.metadata)
+        places = tuple((p.relative_path, p.offset) for *_, p in self._stored.get(entry, ()))
+        return (places, tensor.shape, tensor.dtype) if places else entry
 
     def for_model(self, own: Callable[[], Iterable[tuple[str, Any]]], saved: Any) -> Any:
         """Tensors of the model's names are split as the model's own are."""
@@ -129,7 +145,7 @@ class Folder(Source):
             if entry is not None and _is_target(like):
                 value = targets[entry] = torch.empty_like(like)
             filled[name] = value
-        read_tensors(self.path, self.metadata if targets else None, targets)
+        self._read(targets)
         # What the model has under no such name it may convert by itself.
         state: Any = self.whole(filled)
         if hasattr(saved, "_metadata"):
@@ -159,8 +175,25 @@ class Folder(Source):
             for key, held in _keyed_as(states, parameters)
             if key in parameters or not _is_parameter(key, saved)
         }
-        read_tensors(self.path, self.metadata if targets else None, targets)
+        self._read(targets)
         return self.whole({**saved, "state": filled})
+
+    def _read(self, targets: Mapping[str, Tensor]) -> None:
+        if targets:
+            with self._unchanged():
+                read_tensors(self.path, self.metadata, targets)
+
+    @contextmanager
+    def _unchanged(self) -> Iterator[None]:
+        """Raises ``CheckpointError`` when another checkpoint came in the place of this one."""
+        try:
+            yield
+        finally:
+            # Also where something else is the matter, which may be that two are mixed.
+            if _identity(self.path) != self._identity:
+                raise CheckpointError(
+                    f"'{self.path}' was replaced while it was read; load it again"
+                )
 
     def _entry(self, value: Any) -> str | None:
         return self._entries.get(id(value)) if isinstance(value, Tensor) else None
@@ -186,19 +219,9 @@ def _keyed_as(states: Mapping[Any, Any], parameters: Mapping[Any, Any]) -> Itera
 
 def _check_shapes(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Before anything is read; the words are those of a checkpoint of one file."""
-    unlike = [
-        f"'{name}' is {tuple(value.shape)} in the checkpoint and {tuple(own[name].shape)} in the "
-        "model"
-        for name, value in saved.items()
-        if isinstance(value, Tensor)
-        and _is_target(own.get(name))
-        and value.shape != own[name].shape
-    ]
+    unlike = unlike_shapes(saved, {name: like for name, like in own.items() if _is_target(like)})
     if unlike:
-        more = f" and {len(unlike) - _SHOWN} more" if len(unlike) > _SHOWN else ""
-        raise CheckpointError(
-            f"the checkpoint is of another model: {', '.join(unlike[:_SHOWN])}{more}"
-        )
+        raise CheckpointError(unlike)
 
 
 def _with_lists(value: Any) -> Any:
@@ -212,6 +235,11 @@ def _with_lists(value: Any) -> Any:
 
 
 # -- opening -------------------------------------------------------------------------------------
+
+
+def _identity(path: str) -> Any:
+    """What tells a folder's checkpoint from another one in its place."""
+    return [identity(os.path.join(path, name)) for name in (MANIFEST, METADATA)]
 
 
 def _checked(path: str, values: Any) -> tuple[Any, list[Any]]:
@@ -249,7 +277,7 @@ def _check_foreign(path: str) -> None:
         )
     below = sorted(n for n in names if os.path.exists(os.path.join(path, n, MANIFEST)))
     if below:
-        shown = ", ".join(repr(os.path.join(path, name)) for name in below[:_SHOWN])
+        shown = listed([repr(os.path.join(path, name)) for name in below])
         raise CheckpointError(
             f"'{path}' is a folder with checkpoints in it, not one itself; it holds {shown}"
         )

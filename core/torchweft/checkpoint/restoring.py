@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.optim import Optimizer
@@ -32,12 +33,25 @@ _WRAPPER_PREFIXES = ("module.", "_forward_module.")
 class Source:
     """Where a checkpoint's tensors come from: by default they are in its content already.
 
-    A source of another kind has stand-ins in the content, and gets the tensors for them.
+    A source of another kind has stand-ins in the content, and gets the tensors for them, or tensors
+    that are still in a file.
     """
 
     def whole(self, value: Any) -> Any:
-        """``value`` with its tensors, whole and on the CPU."""
+        """``value`` with its tensors, whole and in the memory of the CPU."""
         return value
+
+    def unused(self, value: Any) -> Any:
+        """``value`` with its tensors, whole and on the CPU, of which few may be needed."""
+        return self.whole(value)
+
+    def stored_at(self, tensor: Tensor) -> Any:
+        """Equal for two tensors of the content that are stored as one."""
+        if tensor.is_meta or not tensor.numel() or tensor.layout != torch.strided:
+            return id(tensor)
+        storage = tensor.untyped_storage().data_ptr()
+        where = (storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+        return (*where, tensor.dtype)
 
     def for_model(self, own: Callable[[], Iterable[tuple[str, Any]]], saved: Any) -> Any:
         """The state of a model, tensors split as those are that it has itself."""
@@ -46,6 +60,9 @@ class Source:
     def for_optimizer(self, own: Callable[[], Mapping[Any, Tensor]], saved: Any) -> Any:
         """The state of an optimizer, tensors split as the parameters are that they belong to."""
         return saved
+
+    def settle(self, optimizer: Optimizer, saved: Any) -> None:
+        """Called when ``saved`` was loaded: what the optimizer kept of it becomes its own."""
 
 
 def restore(
@@ -97,11 +114,11 @@ def restore(
         # Another strategy or precision may have written nothing, which says nothing.
         if reserved.get("precision"):
             with _at(f"{RESERVED}['precision']", precision):
-                precision.load_state_dict(reserved["precision"])
+                precision.load_state_dict(source.whole(reserved["precision"]))
         if reserved.get("strategy"):
             with _at(f"{RESERVED}['strategy']", strategy):
-                strategy.load_extra_state(reserved["strategy"])
-    return {key: source.whole(value) for key, value in left.items()}
+                strategy.load_extra_state(source.whole(reserved["strategy"]))
+    return {key: source.unused(value) for key, value in left.items()}
 
 
 def _check_reserved(content: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -226,6 +243,7 @@ class _Into:
             elif isinstance(target, FabricOptimizer):
                 saved = self._source.for_optimizer(lambda: self._parameters(target), saved)
                 self._strategy.load_optimizer_state(target.optimizer, target.modules, saved)
+                self._source.settle(target.optimizer, saved)
             elif isinstance(target, nn.Module):
                 saved = _for_model(target, saved)
                 saved = self._source.for_model(lambda: named_module_state(target), saved)
@@ -233,6 +251,7 @@ class _Into:
             elif isinstance(target, Optimizer):
                 saved = self._source.for_optimizer(lambda: _by_index(target), saved)
                 load_named_optimizer_state(target, [], saved)
+                self._source.settle(target, saved)
             elif not _can_be_filled(target):
                 raise CheckpointError("it has state_dict() and no load_state_dict()")
             else:

@@ -119,7 +119,6 @@ def read_tensors(folder: str, metadata: Any, targets: Mapping[str, Tensor]) -> N
     """
     if not targets:
         return
-    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     for entry in targets:
@@ -129,7 +128,7 @@ def read_tensors(folder: str, metadata: Any, targets: Mapping[str, Tensor]) -> N
                 f"the description in '{folder}' does not say that '{entry}' is a tensor, which it "
                 "has to be; the folder is damaged, or was changed"
             )
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner = _planner()
     reader = FileSystemReader(folder)
     try:
         with torch.no_grad():
@@ -137,7 +136,7 @@ def read_tensors(folder: str, metadata: Any, targets: Mapping[str, Tensor]) -> N
             planner.set_up_planner(dict(targets), metadata, is_coordinator=True)
             plan = reader.prepare_local_plan(planner.create_local_plan())
             reader.read_data(plan, planner).wait()
-    except MemoryError:
+    except (CheckpointError, MemoryError):
         raise
     except OSError as error:
         name = os.path.basename(str(error.filename or ""))
@@ -148,3 +147,15 @@ def read_tensors(folder: str, metadata: Any, targets: Mapping[str, Tensor]) -> N
         raise CheckpointError(
             f"the tensors in '{folder}' cannot be read: {first_line(error)}; a file may be damaged"
         ) from error
+
+
+def _planner() -> Any:
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+    class TensorsAlone(DefaultLoadPlanner):
+        """torch's own unpickles what is no tensor."""
+
+        def load_bytes(self, read_item: Any, value: Any) -> None:
+            raise CheckpointError(f"'{read_item.dest_index.fqn}' is not stored as a tensor")
+
+    return TensorsAlone(flatten_state_dict=False, flatten_sharded_tensors=False)

@@ -26,13 +26,14 @@ def checkpoint() -> None:
 def inspect(path: Path, each: bool, as_json: bool) -> None:
     """Show what the checkpoint PATH holds: models, optimizers, values, and what wrote it.
 
-    Tensors are not read, and no code from the checkpoint is run.
+    Tensors are not read, and no code from the checkpoint is run. A tied weight, which is stored
+    once, counts once; "names" counts each of its names.
 
     \b
     {"path", "form": "file or folder", "bytes", "torchweft", "torch",
      "world_size", "strategy", "precision", "format",
      "parts": [{"key", "kind": "model, optimizer, tensors or value",
-                "count", "elements", "bytes", "dtypes",
+                "count", "names", "elements", "bytes", "dtypes",
                 "tensors": [{"name", "shape", "dtype"}],
                 "groups", "lr", "state", "value"}]}
     """
@@ -108,6 +109,8 @@ def _summary(part: Mapping[str, Any]) -> tuple[str, ...]:
         value = f"{groups}, lr {rates}" if rates else groups
         if part["state"]:
             value += f"; {', '.join(part['state'])}"
+    elif part["names"] > part["count"]:
+        value = f"{part['names']} names"
     size = _size(part["bytes"])
     return (key, part["kind"], str(part["count"]), f"{part['elements']:,}", size, dtypes, value)
 
