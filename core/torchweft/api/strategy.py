@@ -140,6 +140,10 @@ class Strategy:
     #: less than the model. It is an error then, which names ``fabric.save``.
     splits_parameters: ClassVar[bool] = False
 
+    #: Whether all processes hold the same parameters and optimizer state between steps, so that
+    #: any of them may write what is not split of a checkpoint; rank 0 writes it otherwise.
+    replicas_stay_equal: ClassVar[bool] = False
+
     #: What it cannot do, by a capability of ``CAPABILITIES``, each with its reason and the way
     #: out. The constructor may set it where options decide.
     cannot: Mapping[str, str] = MappingProxyType({})

@@ -130,7 +130,8 @@ class _Collector:
         """``own``: every rank has its own model, of which rank 0's is the one to write."""
         state = self._kept(OrderedDict(entries), place, keep)
         # Buffers may differ between ranks, and one's mean does not go with another's variance.
-        alike = set() if own else set(parameter_names([module]).values())
+        equal = self._strategy.replicas_stay_equal and not own
+        alike = set(parameter_names([module]).values()) if equal else set()
         for name, value in state.items():
             state[name] = self._tensor(value, (*place, name), everywhere=name in alike)
         state._metadata = module_versions(module)
@@ -153,7 +154,8 @@ class _Collector:
             inside = (*place, parameter, key)
             # A counter takes less room where it is used.
             if isinstance(value, Tensor) and value.dim():
-                return self._tensor(value, inside, everywhere=not own)
+                everywhere = self._strategy.replicas_stay_equal and not own
+                return self._tensor(value, inside, everywhere=everywhere)
             return self._whole(value, inside)
 
         return {

@@ -43,6 +43,7 @@ class DDPStrategy(DistributedStrategy):
 
     name = "ddp"
     devices = ("cuda", "cpu")
+    replicas_stay_equal = True
 
     def __init__(
         self,

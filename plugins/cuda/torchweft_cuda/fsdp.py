@@ -87,6 +87,7 @@ class FSDPStrategy(DistributedStrategy):
     name = "fsdp"
     devices = ("cuda", "cpu")
     splits_parameters = True
+    replicas_stay_equal = True
     cannot: Mapping[str, str] = {
         "unused_parameters": "the gradients of a part are reduced together, so that every process "
         "has to make the same use of it; use strategy 'ddp:find_unused_parameters=true'",
