@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchweft_deepspeed import library
-from torchweft_deepspeed.strategy import DeepSpeedStrategy
 
 from torchweft.api import Place
 from torchweft.testing.models import Samples, build, loss_of, optimizer_for
+from torchweft_deepspeed import library
+from torchweft_deepspeed.strategy import DeepSpeedStrategy
 
 STEPS = 50
 M_MMAP_THRESHOLD = -3  # of malloc.h
@@ -288,3 +288,38 @@ def lets_go(fabric: Any) -> bool:
     del model, optimizer
     gc.collect()
     return alive() is None
+
+
+class Checkpointed(nn.Module):
+    """Layers whose activations are computed twice, in the words of DeepSpeed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(6, 6) for _ in range(3)])
+        self.out = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        import deepspeed
+
+        for layer in self.layers:
+            if self.training:
+                x = deepspeed.checkpointing.checkpoint(layer, x)
+            else:
+                x = layer(x)
+        output: Tensor = self.out(torch.tanh(x))
+        return output
+
+
+def trains_checkpointed(fabric: Any) -> list[float]:
+    torch.manual_seed(1)
+    plain = Checkpointed()
+    model, optimizer = fabric.setup(plain, optimizer_for(plain, "momentum"))
+    x, y = data_of(fabric)
+    losses = []
+    for _ in range(3):
+        loss = loss_of(model(x.clone().requires_grad_()), y)
+        fabric.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(fabric.all_reduce(loss.detach().clone())))
+    return losses

@@ -7,11 +7,11 @@ import sys
 from typing import Any
 
 import pytest
-from torchweft_deepspeed.strategy import DeepSpeedStrategy
 
 from tests.deepspeed import ranks
 from torchweft.errors import RankFailed
 from torchweft.testing import run_ranks
+from torchweft_deepspeed.strategy import DeepSpeedStrategy
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ from importlib.metadata import entry_points
 from typing import Any
 
 import pytest
-from torchweft_deepspeed import hooks
 
 from torchweft import Fabric
 from torchweft.errors import IncompatiblePlan
 from torchweft.specs import is_target, load_target
 from torchweft.testing import PluginConformance
+from torchweft_deepspeed import hooks
 
 
 class TestPlugin(PluginConformance):

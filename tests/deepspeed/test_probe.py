@@ -7,6 +7,7 @@ import shutil
 from typing import Any
 
 import pytest
+
 from torchweft_deepspeed.probe import deepspeed
 
 

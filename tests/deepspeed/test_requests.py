@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torchweft_deepspeed.requests import merged, objections
-from torchweft_deepspeed.strategy import DeepSpeedStrategy
 
 from torchweft import Fabric
 from torchweft.errors import IncompatiblePlan, InvalidRequest, UnknownOption
+from torchweft_deepspeed.requests import merged, objections
+from torchweft_deepspeed.strategy import DeepSpeedStrategy
 
 
 def _refused(words: str, **options: Any) -> None:

@@ -22,20 +22,25 @@ __all__ = ["Engine", "only_optimizer"]
 _SCALING = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-class Engine:
-    """DeepSpeed's engine, told of micro-batches one by one.
+class Engine(nn.Module):
+    """DeepSpeed's engine, told of micro-batches one by one; calling it calls the model.
 
     DeepSpeed puts parts of its own into the groups of the optimizer that it is given, so that it
-    is given a twin, with the same options and no state; the user's keeps its groups.
+    is given a twin, with the same options and no state; the user's keeps its groups. What it hangs
+    on parameters would keep all of it for ever, and is taken off when nobody has this one any more.
 
     Attributes:
         live: DeepSpeed's own.
+        module: the user's.
         stage: of ZeRO.
         optimizer: the user's; None where there is none.
         scales_loss: whether losses are scaled.
         expecting: whether a backward pass is under way that is DeepSpeed's to know of.
         touched: whether gradients came into the model in it.
     """
+
+    live: Any
+    module: nn.Module
 
     def __init__(
         self,
@@ -44,13 +49,18 @@ class Engine:
         config: Mapping[str, Any],
         blocks: Mapping[str, Any],
     ) -> None:
+        super().__init__()
+        self.module = module
         self.stage = int(config["zero_optimization"]["stage"])
         self.optimizer = optimizer
         self._splits = self.stage > 0 or bool(blocks)
         self.scales_loss = "fp16" in blocks
         self._inner = _twin(optimizer) if optimizer is not None and self._splits else optimizer
         size = sum(int(getattr(p, "ds_numel", p.numel())) for p in module.parameters())
-        self.live: Any = _initialize(module, self._inner, complete(config, blocks, size))
+        live = _initialize(module, self._inner, complete(config, blocks, size))
+        # Not as a part of this module: the user's is one already.
+        self.__dict__["live"] = live
+        weakref.finalize(self, live.destroy).atexit = False
         self._check()
         self.holding: Holding = holding_of(self.live, self.stage)
         if self.stage == 0 and self._splits:
@@ -96,11 +106,13 @@ class Engine:
         """Whether optimizer and model are as the user made them."""
         return not self._splits
 
-    @property
-    def module(self) -> nn.Module:
-        """The user's."""
-        inside: nn.Module = self.live.module
-        return inside
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Through DeepSpeed."""
+        return self.live(*args, **kwargs)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """The user's module, inside of DeepSpeed."""
+        self.module.compile(*args, **kwargs)
 
     @property
     def loss_scale(self) -> float:
@@ -144,6 +156,9 @@ class Engine:
 
     def backward(self, loss: Tensor, retain_graph: bool) -> None:
         """DeepSpeed's own backward pass, which reduces gradients too."""
+        if self.stage == 0 and self.scales_loss:
+            # Here DeepSpeed divides gradients by the scale, and does not multiply the loss.
+            loss = loss * self.loss_scale
         self.live.backward(loss, retain_graph=retain_graph, scale_wrt_gas=False)
 
     def passed(self, scale: float) -> None:

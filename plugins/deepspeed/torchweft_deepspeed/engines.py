@@ -16,35 +16,29 @@ from torchweft_deepspeed.graph import reached
 __all__ = ["Engines"]
 
 
-#: Where DeepSpeed's engine has what is around it.
-_HELD = "torchweft_engine"
-
-
 class Engines:
     """The engines of a process, each as long as its model lives."""
 
     def __init__(self) -> None:
-        # An engine has its model and optimizer, so that nothing here may hold it: DeepSpeed's own
-        # does, which the user's model is.
-        self._lives: weakref.WeakKeyDictionary[nn.Module, None] = weakref.WeakKeyDictionary()
+        self._engines: weakref.WeakKeyDictionary[Engine, None] = weakref.WeakKeyDictionary()
+        # An engine has its optimizer, so that nothing here may hold it.
         self._of_optimizer: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Engine]] = (
             weakref.WeakKeyDictionary()
         )
 
     def add(self, engine: Engine) -> None:
-        """Know one by its model and its optimizer."""
-        engine.live.__dict__[_HELD] = engine
-        self._lives[engine.live] = None
+        """Know one, also by its optimizer."""
+        self._engines[engine] = None
         if engine.optimizer is not None:
             self._of_optimizer[engine.optimizer] = weakref.ref(engine)
 
     def all(self) -> list[Engine]:
         """In the order in which they were set up."""
-        return [live.__dict__[_HELD] for live in self._lives]
+        return list(self._engines)
 
     def get(self, module: nn.Module) -> Engine | None:
         """That of a model as ``setup`` returned it; None where it needs none."""
-        return module.__dict__.get(_HELD)
+        return module if isinstance(module, Engine) else None
 
     def of(self, optimizer: Optimizer) -> Engine:
         """That of the user's optimizer. Raises ``Misuse`` where its model is gone."""

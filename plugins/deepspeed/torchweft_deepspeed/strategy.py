@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import wraps
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -21,6 +20,7 @@ from torchweft_deepspeed.engine import Engine, only_optimizer
 from torchweft_deepspeed.engines import Engines
 from torchweft_deepspeed.precision import precision_of
 from torchweft_deepspeed.requests import merged, objections, stage_of
+from torchweft_deepspeed.sending import send, send_buffers_before
 from torchweft_deepspeed.state import (
     load_module,
     load_optimizer,
@@ -30,8 +30,6 @@ from torchweft_deepspeed.state import (
 )
 
 __all__ = ["DeepSpeedStrategy"]
-
-_TOGETHER = 250 * 1024 * 1024  # bytes of tensors that are sent at a time, as torch has it
 
 
 class DeepSpeedStrategy(DistributedStrategy):
@@ -186,46 +184,26 @@ class DeepSpeedStrategy(DistributedStrategy):
     def setup(self, module: nn.Module, optimizers: Sequence[Optimizer], scheduler: Any) -> Prepared:
         """An engine of DeepSpeed around the module; a scheduler stays the user's to step."""
         optimizer = only_optimizer(module, optimizers)
-        self._send([buffer.detach() for buffer in module.buffers()])
+        send(module.buffers())
         prepared = module
         if optimizer is None and self.stage < 3:
             # Nothing trains, and everybody has all of it.
-            self._send([parameter.detach() for parameter in module.parameters()])
+            send(module.parameters())
         else:
             engine = Engine(module, optimizer, self._config, self._blocks)
             self._precision.enter(module)
-            prepared = engine.live
+            prepared = engine
             self._engines.add(engine)
             if optimizer is not None and optimizer.state and not engine.is_whole:
                 take_state(engine, optimizer, [module])
-        if (send := self._sender(module)) is not None:
-            prepared.register_forward_pre_hook(lambda *_: send())
+        if self._broadcast_buffers:
+            send_buffers_before(prepared, module)
         return Prepared(module=prepared, optimizers=list(optimizers), scheduler=scheduler)
 
     def original(self, module: nn.Module) -> nn.Module:
         """The module inside the engine."""
         engine = self._engines.get(module)
         return module if engine is None else engine.module
-
-    def _send(self, tensors: Iterable[Tensor]) -> None:
-        """The values of rank 0 to all, in place."""
-        sent = list(tensors)
-        if sent and self.place.rank.world_size > 1:
-            group: Any = dist.group.WORLD
-            dist._broadcast_coalesced(group, sent, _TOGETHER, 0)  # type: ignore[attr-defined]
-
-    def _sender(self, module: nn.Module) -> Callable[[], None] | None:
-        """What sends the buffers of rank 0, where there are any to be sent."""
-        # The modules are looked for once; their buffers may be replaced at any time.
-        owners = [each for each in module.modules() if each._buffers]
-        if not owners or not self._broadcast_buffers or self.place.rank.world_size == 1:
-            return None
-
-        def send() -> None:
-            found = [buffer for each in owners for buffer in each._buffers.values()]
-            self._send(buffer.detach() for buffer in found if buffer is not None)
-
-        return send
 
     def forward_method(self, module: nn.Module, name: str) -> Callable[..., Any]:
         """The method, run in the place of ``forward``, so that DeepSpeed sees it begin and end."""
