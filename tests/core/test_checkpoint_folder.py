@@ -90,6 +90,13 @@ def test_a_path_without_a_suffix_is_a_folder(fabric: Fabric, tmp_path: Path) -> 
     assert other["optimizer"].param_groups[0]["lr"] == 0.1
 
 
+@pytest.mark.parametrize("name", ["x.ckpt", "x.1", ".ckpt", "x/.ckpt"])
+def test_a_name_with_a_dot_is_a_file(fabric: Fabric, tmp_path: Path, name: str) -> None:
+    fabric.save(tmp_path / name, {"n": 1})
+    assert (tmp_path / name).is_file()
+    assert fabric.load(tmp_path / name) == {"n": 1}
+
+
 def test_without_a_state_everything_is_returned_as_by_a_file(
     fabric: Fabric, tmp_path: Path
 ) -> None:

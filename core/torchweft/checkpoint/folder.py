@@ -24,7 +24,8 @@ __all__ = ["is_folder_path", "save_folder"]
 
 def is_folder_path(path: str | os.PathLike[str]) -> bool:
     """Whether a path without a suffix asks for a folder to be written."""
-    return not os.path.splitext(os.path.basename(os.path.normpath(path)))[1]
+    # Where a name is nothing but a suffix, as in f"{name}.ckpt", a file was meant too.
+    return "." not in os.path.basename(os.path.normpath(path))
 
 
 def save_folder(
