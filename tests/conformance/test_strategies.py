@@ -40,9 +40,40 @@ class TestFSDPWithDividedLayers(StrategyConformance):
     devices = (2, 4)
 
 
+class TestFSDPInBFloat16(StrategyConformance):
+    strategy = "fsdp:policy=Linear"
+    precision = "bf16-mixed"
+    devices = (2,)
+    tolerance = 0.05
+
+
+class TestFSDPInFloat16(StrategyConformance):
+    # From a smaller scale than usual: a step that overflows is left out.
+    strategy = "fsdp:policy=Linear"
+    precision = "16-mixed:init_scale=1024"
+    devices = (2,)
+    tolerance = 0.05
+
+
 @pytest.mark.gpu
 class TestDDPOnAGPU(StrategyConformance):
     strategy = "ddp"
+    accelerator = "cuda"
+    devices = (1,)
+    tolerance = 1e-4
+
+
+@pytest.mark.gpu
+class TestFSDPOnAGPU(StrategyConformance):
+    strategy = "fsdp:policy=Linear"
+    accelerator = "cuda"
+    devices = (1,)
+    tolerance = 1e-4
+
+
+@pytest.mark.gpu
+class TestFSDPOnAGPUFromTheHost(StrategyConformance):
+    strategy = "fsdp:policy=Linear,cpu_offload=true"
     accelerator = "cuda"
     devices = (1,)
     tolerance = 1e-4

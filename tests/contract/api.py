@@ -19,6 +19,7 @@ SNAPSHOT = Path(__file__).with_name("api.txt")
 MODULES = (
     "torchweft",
     "torchweft.api",
+    "torchweft.api.deferred",
     "torchweft.errors",
     "torchweft.hookspecs",
     "torchweft.loggers",

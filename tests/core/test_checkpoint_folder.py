@@ -97,6 +97,13 @@ def test_a_name_with_a_dot_is_a_file(fabric: Fabric, tmp_path: Path, name: str) 
     assert fabric.load(tmp_path / name) == {"n": 1}
 
 
+def test_a_folder_of_a_near_name_is_named(fabric: Fabric, tmp_path: Path) -> None:
+    fabric.save(tmp_path / "last", {"n": 1})
+    (tmp_path / "empty").mkdir()
+    with refuses(f"there is no checkpoint '{tmp_path}/lats'; '{tmp_path}' holds 'last'"):
+        fabric.load(tmp_path / "lats")
+
+
 def test_without_a_state_everything_is_returned_as_by_a_file(
     fabric: Fabric, tmp_path: Path
 ) -> None:

@@ -327,6 +327,16 @@ def test_each_part_is_compiled_by_itself(policy, expected):
         torch.testing.assert_close(output, right.detach())
 
 
+@pytest.mark.parametrize("value", ["maybe", 1, None])
+def test_what_says_nothing_of_compiling(value):
+    with pytest.raises(InvalidRequest) as refused:
+        FSDPStrategy(compile=value)
+    assert str(refused.value) == (
+        f"strategy 'fsdp' was given compile={value!r}; it takes true, false, or a dict with "
+        "arguments of torch.compile"
+    )
+
+
 def offloads(fabric):
     policy = fabric.strategy._shard_options["offload_policy"]
     return isinstance(policy, CPUOffloadPolicy), policy.pin_memory, held(fabric)

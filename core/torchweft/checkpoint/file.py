@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from torchweft.checkpoint.manifest import MANIFEST
 from torchweft.checkpoint.plain import check_loadable, without_numpy_scalars
 from torchweft.errors import CheckpointError, listed
 
@@ -274,13 +275,18 @@ def _nearby(path: str) -> str:
 
 
 def _listing(folder: str, wanted: str) -> str:
-    """The files of a folder, those of the nearest name first."""
+    """The files and checkpoints of a folder, those of the nearest name first."""
     try:
         entries = os.scandir(folder)
     except OSError as error:
         return f"'{folder}' cannot be listed: {error.strerror}"
     with entries:
-        names = sorted(e.name for e in entries if not e.name.startswith(".") and e.is_file())
+        names = sorted(
+            each.name
+            for each in entries
+            if not each.name.startswith(".")
+            and (each.is_file() or os.path.exists(os.path.join(each.path, MANIFEST)))
+        )
     near = difflib.get_close_matches(wanted, names, n=8, cutoff=0.6)
     if not names:
         return f"'{folder}' holds no files"

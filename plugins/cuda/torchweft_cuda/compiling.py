@@ -10,8 +10,24 @@ from torch import Tensor, nn
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from torchweft.api import map_leaves
+from torchweft.errors import InvalidRequest
 
-__all__ = ["compile_parts"]
+__all__ = ["check_compile", "compile_parts"]
+
+
+def check_compile(value: Any) -> Mapping[str, Any] | None:
+    """The arguments of ``torch.compile``; None where nothing is compiled.
+
+    Raises ``InvalidRequest`` for what is neither a bool nor a dict.
+    """
+    if isinstance(value, bool):
+        return {} if value else None
+    if isinstance(value, Mapping):
+        return value
+    raise InvalidRequest(
+        f"strategy 'fsdp' was given compile={value!r}; it takes true, false, or a dict with "
+        "arguments of torch.compile"
+    )
 
 
 def compile_parts(parts: Iterable[nn.Module], arguments: Mapping[str, Any], divided: bool) -> None:

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
@@ -32,7 +33,7 @@ from torchweft.api.initialising import SkipInit
 from torchweft.api.state import as_written, parameter_names
 from torchweft.errors import IncompatiblePlan, InvalidRequest
 from torchweft_cuda.activations import checkpoint_activations
-from torchweft_cuda.compiling import compile_parts
+from torchweft_cuda.compiling import check_compile, compile_parts
 from torchweft_cuda.forward import Surroundings, free
 from torchweft_cuda.mesh import check_reshard, check_sizes, sizes_for
 from torchweft_cuda.outputs import refuse_changes_in_place
@@ -120,7 +121,7 @@ class FSDPStrategy(DistributedStrategy):
             )
         self._mixed_precision = mixed_precision
         self._offload = cpu_offload
-        self._compile: Mapping[str, Any] | None = {} if compile is True else compile or None
+        self._compile = check_compile(compile)
         self._sizes = {"replicate": replicate, "shard": shard, "tensor": tensor}
         check_sizes(**self._sizes)
         self._how = check_parallelize(parallelize)
@@ -165,9 +166,7 @@ class FSDPStrategy(DistributedStrategy):
     def _precision_policy(self) -> Any:
         precision = self.place.precision
         if isinstance(precision, ShardedMixed):
-            policy = MixedPrecisionPolicy(
-                param_dtype=precision.gathers_in, reduce_dtype=torch.float32
-            )
+            policy = MixedPrecisionPolicy(param_dtype=precision.dtype, reduce_dtype=torch.float32)
         else:
             policy = MixedPrecisionPolicy()
         if self._mixed_precision is None:
@@ -256,8 +255,8 @@ class FSDPStrategy(DistributedStrategy):
             norms = [each for each in module.modules() if isinstance(each, _NormBase)]
             parts = [*norms, *(part for part in parts if part not in norms)]
         for part in (*(each for each in parts if each is not module), module):
-            # What is divided was brought before.
-            own = (p for p in part.parameters() if id(p) in whole and self._tensor == 1)
+            # What is divided has the values of rank 0 already, and is on the device.
+            own = (p for p in part.parameters() if id(p) in whole and not isinstance(p, DTensor))
             # What the last one gathers is needed again at once, by the first of the backward pass.
             reshard = False if part is module else self._reshard
             told = full if isinstance(part, _NormBase) else options
@@ -339,8 +338,11 @@ class FSDPStrategy(DistributedStrategy):
     @contextmanager
     def accumulating(self, module: nn.Module, last: bool) -> Iterator[None]:
         """Gradients stay whole and local in every micro-batch but the last of a step."""
+        if last:  # as it is otherwise; torch walks through the model to say so
+            yield
+            return
         sharded: Any = module
-        sharded.set_requires_gradient_sync(last)
+        sharded.set_requires_gradient_sync(False)
         try:
             yield
         finally:

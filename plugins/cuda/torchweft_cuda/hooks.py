@@ -60,7 +60,11 @@ def torchweft_strategies() -> list[StrategySpec]:
             summary="parameters, gradients, optimizer state and layers split between processes",
             devices=("cuda", "cpu"),
             presets=(Preset(alias="fsdp_cpu_offload", options={"cpu_offload": True}),),
-            preload=("torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo"),
+            preload=(
+                "torch.distributed.fsdp",
+                "torch.distributed.tensor.parallel",
+                "torch._dynamo",
+            ),
         ),
     ]
 

@@ -49,7 +49,9 @@ def brought(tensors: Iterable[Tensor], device: torch.device) -> Iterator[None]:
     elsewhere = [(tensor, tensor.data) for tensor in real if tensor.device != device]
     for tensor, data in elsewhere:
         tensor.data = data.to(device)
-    send(real)
-    yield
-    for tensor, data in elsewhere:
-        tensor.data = data
+    try:
+        send(real)
+        yield
+    finally:
+        for tensor, data in elsewhere:
+            tensor.data = data

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ __all__ = ["ShardedBFloat16Mixed", "ShardedHalfMixed", "ShardedMixed"]
 
 
 class ShardedMixed(Autocast):
-    """Parameters are held in 32-bit, and gathered and computed with in ``gathers_in``.
+    """Parameters are held in 32-bit, and gathered and computed with in ``dtype``.
 
     That is ``torch.distributed.fsdp.MixedPrecisionPolicy``, so that what travels is half as large.
     Gradients are reduced in 32-bit. Autocast is on as elsewhere, for what meets a tensor of 32
@@ -24,14 +24,11 @@ class ShardedMixed(Autocast):
     computed in it.
     """
 
-    #: What strategy ``fsdp`` tells ``fully_shard``.
-    gathers_in: ClassVar[torch.dtype]
-
 
 class ShardedBFloat16Mixed(ShardedMixed):
     """Parameters in 32-bit, computation in bfloat16."""
 
-    dtype = gathers_in = torch.bfloat16
+    dtype = torch.bfloat16
 
 
 class ShardedHalfMixed(ShardedMixed, HalfMixed):
@@ -41,7 +38,7 @@ class ShardedHalfMixed(ShardedMixed, HalfMixed):
     ``16-mixed`` elsewhere.
     """
 
-    dtype = gathers_in = torch.float16
+    dtype = torch.float16
 
     def make_scaler(self, device: torch.device) -> Any:
         """One that asks the other processes."""
