@@ -4,6 +4,7 @@ from torchweft.api.accelerator import Accelerator
 from torchweft.api.batch import map_leaves, move_batch
 from torchweft.api.collectives import Alone, Collectives, ProcessGroup
 from torchweft.api.distributed import DistributedStrategy
+from torchweft.api.folder import FolderLayout, Foreign
 from torchweft.api.group import Group, join_group, leave_group, open_store
 from torchweft.api.launcher import Launcher
 from torchweft.api.place import Place
@@ -22,6 +23,8 @@ __all__ = [
     "DataShard",
     "Decision",
     "DistributedStrategy",
+    "FolderLayout",
+    "Foreign",
     "Group",
     "Launcher",
     "Place",

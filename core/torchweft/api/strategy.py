@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from torchweft.api.batch import move_batch
 from torchweft.api.collectives import Alone, Collectives
+from torchweft.api.folder import FolderLayout
 from torchweft.api.initialising import SkipInit, default_dtype
 from torchweft.api.place import Place
 from torchweft.api.state import (
@@ -318,6 +319,11 @@ class Strategy:
     ) -> None:
         """Restore what ``optimizer_state`` returned, or a state keyed by index."""
         load_named_optimizer_state(optimizer, [self.original(m) for m in modules], state)
+
+    @property
+    def folder_layout(self) -> FolderLayout | None:
+        """How it writes models and optimizers to a folder; None: by name, as every strategy."""
+        return None
 
     def extra_state(self) -> dict[str, Any]:
         """Counters and the like that the next step depends on; plain values and tensors."""

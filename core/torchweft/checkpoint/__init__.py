@@ -117,7 +117,8 @@ def _load(
     mapped = state is not None and weights_only is not False
 
     def read() -> None:
-        opened.append(open_checkpoint(path, weights_only is not False, mapped))
+        layout = run.strategy.folder_layout
+        opened.append(open_checkpoint(path, weights_only is not False, mapped, layout))
 
     def fill() -> None:
         content, source = opened.pop()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from torchweft.checkpoint.describing import is_model
 from torchweft.checkpoint.file import beside, reason, write
+from torchweft.checkpoint.layouts import laid_out_in
 from torchweft.checkpoint.nesting import key_list
 from torchweft.checkpoint.opening import open_checkpoint
 from torchweft.checkpoint.reading import Folder
@@ -40,6 +41,7 @@ def consolidate(
     if os.fspath(output).endswith(WEIGHTS):
         _need_safetensors()
         content, source = open_checkpoint(path, mapped=True)
+        _check_by_name(path, content)
         return _write_weights(output, _model(path, content, source, key))
     if key is not None:
         raise InvalidRequest(
@@ -52,8 +54,18 @@ def consolidate(
             f"'{os.fspath(path)}' is one file already; to write its model's weights alone, give "
             f"--output a name that ends in '{WEIGHTS}'"
         )
+    _check_by_name(path, content)
     write(output, source.whole(content))
     return []
+
+
+def _check_by_name(path: str | os.PathLike[str], content: Any) -> None:
+    """Raise ``CheckpointError`` for what one process alone cannot read."""
+    for found in laid_out_in(content):
+        raise CheckpointError(
+            f"'{os.fspath(path)}' holds a model in the layout '{found.layout}' of strategy "
+            f"'{found.strategy}', whose own processes alone read it; {found.way_out}"
+        )
 
 
 def _need_safetensors() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from torchweft.checkpoint.layouts import LaidOut
 from torchweft.checkpoint.opening import open_checkpoint
 from torchweft.checkpoint.reading import Folder
 from torchweft.checkpoint.restoring import Source
@@ -46,8 +47,9 @@ def is_model(value: Any) -> bool:
 
 def _sizes(path: str) -> Iterator[int]:
     if os.path.isdir(path):
-        for entry in os.scandir(path):
-            yield entry.stat().st_size
+        for inside, _, names in os.walk(path):
+            for name in names:
+                yield os.path.getsize(os.path.join(inside, name))
     else:
         yield os.path.getsize(path)
 
@@ -83,6 +85,8 @@ def _part(key: str, value: Any, source: Source) -> dict[str, Any]:
             "lr": [rate.item() if isinstance(rate, Tensor) else rate for rate in rates],
             "state": sorted({name.rpartition(".")[2] for name, _ in tensors}),
         }
+    if isinstance(value, LaidOut):
+        return {"key": key, "kind": value.kind, "layout": value.layout, "value": str(value)}
     return {"key": key, "kind": "value", "value": _shown(value)}
 
 

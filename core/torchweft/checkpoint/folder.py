@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from torchweft.api import Run
 from torchweft.checkpoint.agreeing import agreed
-from torchweft.checkpoint.file import write
+from torchweft.checkpoint.file import sync_folder, write
+from torchweft.checkpoint.layouts import Pair, find_pairs, write_pairs
 from torchweft.checkpoint.manifest import VALUES, Entry, Manifest
 from torchweft.checkpoint.parts import Parts, collect_parts
 from torchweft.checkpoint.ranks import Ranks
@@ -45,15 +46,16 @@ def save_folder(
     ranks = Ranks(run)
     try:
         state, filters = agreed(ranks, state, filter)
-        parts = collect_parts(run, ranks, state, filters)
+        pairs = find_pairs(run.strategy, state)
+        parts = collect_parts(run, ranks, state, filters, pairs)
         target = ranks.first(lambda: check_target(path))
-        _save(run, ranks, target, parts)
+        _save(run, ranks, target, parts, pairs)
     except CheckpointError as error:
         shown = os.path.abspath(path)
         raise CheckpointError(f"cannot save to '{shown}': {error}") from error.__cause__
 
 
-def _save(run: Run, ranks: Ranks, target: str, parts: Parts) -> None:
+def _save(run: Run, ranks: Ranks, target: str, parts: Parts, pairs: Sequence[Pair]) -> None:
     opened: list[Aside] = []
 
     def begin() -> str:
@@ -64,10 +66,11 @@ def _save(run: Run, ranks: Ranks, target: str, parts: Parts) -> None:
         folder = ranks.first(begin)
         ranks.all(lambda: _check_shared(folder))
         metadata = write_tensors(ranks, folder, parts)
+        layouts = write_pairs(ranks, folder, pairs)
 
         def end() -> None:
-            _write_values(folder, parts)
-            _describe(run, folder, metadata).write(folder)
+            _write_values(folder, parts, pairs)
+            _describe(run, folder, metadata, layouts).write(folder)
             opened[0].put_in_place()
 
         ranks.first(end)
@@ -85,17 +88,19 @@ def _check_shared(folder: str) -> None:
         )
 
 
-def _write_values(folder: str, parts: Parts) -> None:
+def _write_values(folder: str, parts: Parts, pairs: Sequence[Pair]) -> None:
+    values: dict[str, Any] = {"content": parts.content, "places": list(parts.places.items())}
+    if pairs:
+        values["layouts"] = {pair.folder: pair.places for pair in pairs}
     try:
-        places = list(parts.places.items())
-        write(os.path.join(folder, VALUES), {"content": parts.content, "places": places})
+        write(os.path.join(folder, VALUES), values)
     except CheckpointError as error:
         # The place of a value that cannot be written, by the words of the user's state.
         words = str(error).partition("': ")[2].replace("state['content']", "state", 1)
         raise CheckpointError(words) from error.__cause__
 
 
-def _describe(run: Run, folder: str, metadata: Any) -> Manifest:
+def _describe(run: Run, folder: str, metadata: Any, layouts: Mapping[str, Any]) -> Manifest:
     from torchweft import __version__
 
     stored = stored_parts(metadata)
@@ -117,5 +122,18 @@ def _describe(run: Run, folder: str, metadata: Any) -> Manifest:
         strategy=run.plan.strategy.name,
         precision=run.plan.precision.name,
         entries=entries,
-        files={e.name: e.stat().st_size for e in sorted(os.scandir(folder), key=lambda e: e.name)},
+        files=_files(folder),
+        layouts=layouts,
     )
+
+
+def _files(folder: str) -> dict[str, int]:
+    """Sizes by name, of folders inside too, whose names are flushed to the disk."""
+    sizes = {}
+    for inside, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(inside, name)
+            sizes[os.path.relpath(path, folder)] = os.path.getsize(path)
+        if inside != folder:
+            sync_folder(inside)
+    return dict(sorted(sizes.items()))

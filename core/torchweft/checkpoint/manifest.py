@@ -10,7 +10,7 @@ from typing import Any
 
 from torchweft.errors import CheckpointError
 
-__all__ = ["MANIFEST", "VALUES", "Entry", "Manifest"]
+__all__ = ["MANIFEST", "VALUES", "Entry", "Manifest", "check_no_part"]
 
 #: Name of the file.
 MANIFEST = "torchweft.json"
@@ -49,6 +49,8 @@ class Manifest:
         entries: the tensors.
         files: size in bytes, by name.
         format: of the folder.
+        layouts: by folder inside, what a strategy keeps there in a layout of its own: the name of
+            that, and what it says of it.
     """
 
     torchweft: str
@@ -59,10 +61,13 @@ class Manifest:
     entries: Mapping[str, Entry]
     files: Mapping[str, int]
     format: int = field(default=_FORMAT)
+    layouts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def write(self, folder: str) -> None:
         """Into a folder, on the disk when it returns."""
         document = {"format": self.format, **asdict(self)}  # first, for whoever looks
+        if not self.layouts:
+            del document["layouts"]
         with open(os.path.join(folder, MANIFEST), "x", encoding="utf-8") as file:
             file.write(_lines(document))
             file.flush()
@@ -100,7 +105,7 @@ class Manifest:
 
     def _check_files(self, folder: str) -> None:
         for name, size in self.files.items():
-            if os.path.basename(name) != name:
+            if os.path.isabs(name) or os.path.normpath(name) != name or name.startswith(".."):
                 raise CheckpointError(
                     f"the manifest of '{folder}' names the file {name!r}, which is elsewhere"
                 )
@@ -116,6 +121,19 @@ class Manifest:
                     f"'{folder}' is half a checkpoint: its file '{name}' has {found} bytes of "
                     f"{size}; copy the folder again as a whole, or load another one"
                 )
+
+
+def check_no_part(path: str) -> None:
+    """Raise ``CheckpointError`` for what is inside of a folder's checkpoint, naming that."""
+    folder = os.path.dirname(path)
+    while not os.path.exists(os.path.join(folder, MANIFEST)):
+        if folder == os.path.dirname(folder):
+            return
+        folder = os.path.dirname(folder)
+    # A file may be another one's, that somebody put there.
+    parts = {MANIFEST, *Manifest.names(folder)}
+    if os.path.isdir(path) or os.path.relpath(path, folder) in parts:
+        raise CheckpointError(f"'{path}' is a part of a checkpoint; load the folder '{folder}'")
 
 
 def _lines(document: Mapping[str, Any]) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from torchweft.api import FolderLayout
 from torchweft.checkpoint.file import read
-from torchweft.checkpoint.manifest import MANIFEST, Manifest
+from torchweft.checkpoint.manifest import check_no_part
 from torchweft.checkpoint.mapping import MappedFile
 from torchweft.checkpoint.reading import Folder
 from torchweft.checkpoint.replacing import put_aside
@@ -17,24 +18,23 @@ __all__ = ["open_checkpoint"]
 
 
 def open_checkpoint(
-    path: str | os.PathLike[str], weights_only: bool = True, mapped: bool = False
+    path: str | os.PathLike[str],
+    weights_only: bool = True,
+    mapped: bool = False,
+    layout: FolderLayout | None = None,
 ) -> tuple[Any, Source]:
     """What a file or a folder holds, and who has its tensors.
 
+    ``layout``: that of the run's strategy, which may know a folder that nobody else does.
     ``mapped``: those of a file stay in it, where its form allows it.
 
     Raises ``CheckpointError`` where none is, naming what is there instead.
     """
     shown = os.path.abspath(path)
     if os.path.isdir(shown):
-        folder = Folder(shown, weights_only)
+        folder = Folder(shown, weights_only, layout)
         return folder.content, folder
-    above = os.path.dirname(shown)
-    if os.path.exists(os.path.join(above, MANIFEST)) and os.path.basename(shown) in (
-        MANIFEST,
-        *Manifest.names(above),
-    ):
-        raise CheckpointError(f"'{shown}' is a part of a checkpoint; load the folder '{above}'")
+    check_no_part(shown)
     aside = put_aside(shown)
     if aside:
         raise CheckpointError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from torchweft.api import Run
 from torchweft.api.state import as_written, module_versions, parameter_names
+from torchweft.checkpoint.layouts import Pair
 from torchweft.checkpoint.nesting import is_sharded, local, on_host, rebuilt
 from torchweft.checkpoint.ranks import Ranks
 from torchweft.checkpoint.state import RESERVED, Filter, Taken, reserved_state
@@ -45,17 +46,22 @@ class Parts:
 
 
 def collect_parts(
-    run: Run, ranks: Ranks, state: Mapping[str, Any], filters: Mapping[str, Filter]
+    run: Run,
+    ranks: Ranks,
+    state: Mapping[str, Any],
+    filters: Mapping[str, Filter],
+    pairs: Sequence[Pair] = (),
 ) -> Parts:
     """This rank's part of everything in ``state``; to be called in every rank.
 
     Both are as the ranks agreed. Tensors of models and of optimizers stay where they are; of
     everything else rank 0's is taken, as in a checkpoint of one file. Filters see sharded tensors
-    as they are, and what they decide in rank 0 holds.
+    as they are, and what they decide in rank 0 holds. Of ``pairs``, which are written another way,
+    there is None in the content.
 
     Raises ``CheckpointError`` in every rank, when a part has no state to save in one.
     """
-    collector = _Collector(run, ranks)
+    collector = _Collector(run, ranks, pairs)
     for key, value in state.items():
         collector.add(key, value, filters.get(key))
     collector.add_reserved()
@@ -74,10 +80,11 @@ def stand_in(shape: Any, dtype: torch.dtype) -> Tensor:
 class _Collector:
     """Takes the user's objects apart, in the same order in every rank."""
 
-    def __init__(self, run: Run, ranks: Ranks) -> None:
+    def __init__(self, run: Run, ranks: Ranks, pairs: Sequence[Pair]) -> None:
         self._strategy = run.strategy
         self._precision = run.precision
         self._ranks = ranks
+        self._elsewhere = {place: pair.layout for pair in pairs for place in pair.places}
         self.parts = Parts()
 
     def add(self, key: str, value: Any, keep: Filter | None) -> None:
@@ -98,6 +105,9 @@ class _Collector:
         self._ranks.all(collect)
 
     def _value(self, value: Any, place: Place, keep: Filter | None = None) -> Any:
+        if place in self._elsewhere:
+            self._check_unfiltered(place, keep)
+            return None
         if isinstance(value, FabricModule):
             entries = self._strategy.module_state(value.prepared)
             original = self._strategy.original(value.prepared)
@@ -110,6 +120,14 @@ class _Collector:
         if keep is None and isinstance(value, dict | list | tuple):
             return rebuilt(value, lambda item, key: self._value(item, (*place, key)))
         return self._whole(self._kept(value, place, keep), place)
+
+    def _check_unfiltered(self, place: Place, keep: Filter | None) -> None:
+        if keep is not None:
+            raise CheckpointError(
+                f"filter is given for state[{place[0]!r}], and a folder holds it in the layout "
+                f"'{self._elsewhere[place].name}', which has no entries to choose from; save to a "
+                "path with a suffix, such as 'x.ckpt'"
+            )
 
     def _taken(self, value: Taken, place: Place, keep: Filter | None) -> Any:
         if isinstance(value.of, nn.Module):

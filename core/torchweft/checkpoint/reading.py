@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchweft.api import FolderLayout, Foreign
 from torchweft.api.state import unlike_shapes
 from torchweft.checkpoint.file import first_line, identity, read
-from torchweft.checkpoint.manifest import MANIFEST, VALUES, Manifest
+from torchweft.checkpoint.layouts import LaidOut
+from torchweft.checkpoint.manifest import MANIFEST, VALUES, Manifest, check_no_part
 from torchweft.checkpoint.metadata import METADATA, read_metadata
 from torchweft.checkpoint.nesting import rebuilt
 from torchweft.checkpoint.parts import stand_in
@@ -34,8 +36,11 @@ class Folder(Source):
         content: the whole structure, with tensors on the meta device for those that are stored.
     """
 
-    def __init__(self, path: str, weights_only: bool = True) -> None:
+    def __init__(
+        self, path: str, weights_only: bool = True, layout: FolderLayout | None = None
+    ) -> None:
         self.path = path
+        self._layout = layout
         self.manifest: Manifest | None = None
         self._metadata: Any = None
         self._stored: dict[str, list[Any]] | None = None
@@ -49,13 +54,44 @@ class Folder(Source):
     def _open(self, weights_only: bool) -> list[Any]:
         """Read all but the tensors; returns where those belong."""
         if not os.path.exists(os.path.join(self.path, MANIFEST)):
+            if self._layout is not None and (found := self._layout.find(self.path)) is not None:
+                check_no_part(self.path)
+                self.content = _content(self.path, self._layout, found)
+                return []
             _check_foreign(self.path)
             self.content, places = self._foreign(weights_only)
             return places
         self.manifest = Manifest.read(self.path)
         values = read(os.path.join(self.path, VALUES), weights_only=weights_only)
         self.content, places = _checked(self.path, values)
+        for name, pair in values.get("layouts", {}).items():
+            for kind, place in zip(("model", "optimizer"), pair, strict=True):
+                self._put(place, self._laid_out(kind, name))
         return places
+
+    def _laid_out(self, kind: str, name: str) -> LaidOut:
+        assert self.manifest is not None
+        facts = self.manifest.layouts[name]
+        return LaidOut(
+            kind=kind,
+            folder=os.path.join(self.path, name),
+            layout=facts["layout"],
+            strategy=facts.get("strategy", self.manifest.strategy),
+            processes=self.manifest.world_size,
+            facts=facts,
+        )
+
+    def _put(self, place: tuple[Any, ...], value: Any) -> None:
+        """Into the content; containers on the way may be tuples, which are made anew."""
+
+        def inside(container: Any, keys: tuple[Any, ...]) -> Any:
+            if not keys:
+                return value
+            return rebuilt(
+                container, lambda item, key: inside(item, keys[1:]) if key == keys[0] else item
+            )
+
+        self.content = inside(self.content, place)
 
     @property
     def metadata(self) -> Any:
@@ -237,6 +273,22 @@ def _with_lists(value: Any) -> Any:
 # -- opening -------------------------------------------------------------------------------------
 
 
+def _content(path: str, layout: FolderLayout, found: Foreign) -> dict[str, Any]:
+    """The structure of what a strategy's own library wrote."""
+    both = {
+        kind: LaidOut(
+            kind=kind,
+            folder=path,
+            layout=layout.name,
+            strategy=found.facts["strategy"],
+            processes=found.processes,
+            facts=found.facts,
+        )
+        for kind in ("model", "optimizer")
+    }
+    return {**found.rest, **both}
+
+
 def _identity(path: str) -> Any:
     """What tells a folder's checkpoint from another one in its place."""
     return [identity(os.path.join(path, name)) for name in (MANIFEST, METADATA)]
@@ -281,7 +333,5 @@ def _check_foreign(path: str) -> None:
         raise CheckpointError(
             f"'{path}' is a folder with checkpoints in it, not one itself; it holds {shown}"
         )
-    above = os.path.dirname(path)
-    if os.path.exists(os.path.join(above, MANIFEST)):
-        raise CheckpointError(f"'{path}' is a part of a checkpoint; load the folder '{above}'")
+    check_no_part(path)
     read(path)  # its words for a folder of another kind

@@ -8,6 +8,7 @@ import fcntl
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from contextlib import suppress
 
 from torchweft.checkpoint.file import check_address, existing, stem_of, sync_folder
@@ -41,13 +42,22 @@ def check_target(path: str | os.PathLike[str]) -> str:
             f"'{os.path.join(os.path.basename(target), 'last')}'"
         )
     known = {MANIFEST, *Manifest.names(target)}
-    others = [name for name in names if name not in known]
+    folders = {name.split(os.sep)[0] for name in known if os.sep in name}
+    others = [name for name in names if name not in known | folders]
+    others += [name for each in folders for name in _below(target, each) if name not in known]
     if others:
         raise CheckpointError(
             f"the checkpoint there would be replaced, and its folder holds more than that "
             f"({_shown(others)}); move that away, or name a new folder"
         )
     return target
+
+
+def _below(target: str, name: str) -> Iterator[str]:
+    """The files in a folder of the target, by their paths in that."""
+    for inside, _, files in os.walk(os.path.join(target, name)):
+        for file in files:
+            yield os.path.relpath(os.path.join(inside, file), target)
 
 
 def _shown(names: list[str]) -> str:

@@ -19,6 +19,7 @@ from torchweft.api.state import (
     named_module_state,
     parameter_names,
 )
+from torchweft.checkpoint.layouts import LaidOut, load_pair
 from torchweft.checkpoint.nesting import has_state, key_list, sequence_like
 from torchweft.checkpoint.state import FORMAT, RESERVED
 from torchweft.errors import CheckpointError, InvalidRequest, did_you_mean
@@ -110,6 +111,7 @@ def restore(
     for key in state:
         if key in left:
             into.entry(state, key, left.pop(key), f"state[{key!r}]")
+    into.finish()
     if _holds_optimizer(state):
         # Another strategy or precision may have written nothing, which says nothing.
         if reserved.get("precision"):
@@ -173,6 +175,7 @@ class _Into:
         self._strategy = strategy
         self._strict = strict
         self._source = source
+        self._laid_out: dict[str, tuple[LaidOut, dict[str, tuple[Any, str]]]] = {}
 
     def entry(self, container: Any, key: Any, saved: Any, path: str) -> None:
         """Fill ``container[key]``, or replace it where it is a plain value."""
@@ -233,7 +236,10 @@ class _Into:
             )
 
     def fill(self, target: Any, saved: Any, path: str) -> None:
-        """Give ``target`` its state."""
+        """Give ``target`` its state; ``finish``, that of one that comes with another."""
+        if isinstance(saved, LaidOut):
+            self._laid_out.setdefault(saved.folder, (saved, {}))[1][saved.kind] = target, path
+            return
         with _at(path, target):
             if isinstance(target, FabricModule):
                 strategy, prepared = self._strategy, target.prepared
@@ -256,6 +262,13 @@ class _Into:
                 raise CheckpointError("it has state_dict() and no load_state_dict()")
             else:
                 target.load_state_dict(self._source.whole(saved))
+
+    def finish(self) -> None:
+        """Fill models and optimizers that are in a strategy's own layout, each pair at once."""
+        for found, targets in self._laid_out.values():
+            target, path = targets.get("model") or targets["optimizer"]
+            with _at(path, target):
+                load_pair(self._strategy, found, targets.get("model"), targets.get("optimizer"))
 
     def _parameters(self, optimizer: FabricOptimizer) -> dict[Any, Tensor]:
         """An optimizer's parameters, by name and by index."""

@@ -35,7 +35,7 @@ def inspect(path: Path, each: bool, as_json: bool) -> None:
      "parts": [{"key", "kind": "model, optimizer, tensors or value",
                 "count", "names", "elements", "bytes", "dtypes",
                 "tensors": [{"name", "shape", "dtype"}],
-                "groups", "lr", "state", "value"}]}
+                "groups", "lr", "state", "value", "layout"}]}
     """
     # Not above: it imports torch, which the help need not wait for.
     from torchweft.checkpoint.describing import describe
@@ -96,8 +96,9 @@ def _head(found: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _summary(part: Mapping[str, Any]) -> tuple[str, ...]:
     key = part["key"] or "(all of it)"
-    if part["kind"] == "value":
-        return (key, "value", "", "", "", "", _short(str(part["value"])))
+    if part["kind"] == "value" or "layout" in part:
+        value = _short(str(part["value"])) if part["kind"] == "value" else part["value"]
+        return (key, part["kind"], "", "", "", "", value)
     dtypes = ", ".join(
         name if len(part["dtypes"]) == 1 else f"{count} {name}"
         for name, count in part["dtypes"].items()

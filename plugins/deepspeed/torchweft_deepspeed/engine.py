@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -186,14 +186,18 @@ class Engine(nn.Module):
                 "fabric.backward(loss, model=model) with the model whose optimizer steps next, and "
                 "optimizer.zero_grad() of the others before their own"
             )
-        self._tell_options()
+        self.tell_options()
         self.live.step()
-        self._hear_options()
+        self.hear_options()
+        if self._splits:
+            # Schedulers warn unless they see that a step came first.
+            self.optimizer._opt_called = True  # type: ignore[union-attr]
         self._emptied()
 
     def forget(self) -> None:
-        """Forget all gradients, also those that are reduced and divided."""
+        """Forget all gradients, also those that are reduced and divided, and how to clip them."""
         if not self._pending:
+            self._clip(0.0)
             return
         made = self.live.optimizer
         if self.stage == 0:
@@ -263,18 +267,17 @@ class Engine(nn.Module):
             )
         return list(zip(mine, stepped, strict=True))
 
-    def _tell_options(self) -> None:
+    def tell_options(self) -> None:
+        """Give the groups that are stepped the options of the user's."""
         if self._splits:
             for mine, stepped in self._groups():
                 stepped.update((key, mine[key]) for key in mine if key != "params")
 
-    def _hear_options(self) -> None:
-        assert self.optimizer is not None
+    def hear_options(self, but: Collection[str] = ()) -> None:
+        """Give the user's groups the options of those that are stepped, ``but`` for some."""
         if self._splits:
             for mine, stepped in self._groups():
-                mine.update((key, stepped[key]) for key in mine if key != "params")
-            # Schedulers warn unless they see that a step came first.
-            self.optimizer._opt_called = True  # type: ignore[attr-defined]
+                mine.update((key, stepped[key]) for key in mine if key not in ("params", *but))
 
 
 def only_optimizer(module: nn.Module, optimizers: Sequence[Optimizer]) -> Optimizer | None:

@@ -18,6 +18,7 @@ from torchweft_deepspeed import library
 from torchweft_deepspeed.configuration import check_known
 from torchweft_deepspeed.engine import Engine, only_optimizer
 from torchweft_deepspeed.engines import Engines
+from torchweft_deepspeed.folder import Layout
 from torchweft_deepspeed.precision import precision_of
 from torchweft_deepspeed.requests import merged, objections, stage_of
 from torchweft_deepspeed.sending import send, send_buffers_before
@@ -336,6 +337,11 @@ class DeepSpeedStrategy(DistributedStrategy):
             super().load_optimizer_state(optimizer, modules, state)
         else:
             load_optimizer(engine, optimizer, [engine.module], state)
+
+    @property
+    def folder_layout(self) -> Layout:
+        """DeepSpeed's own, for a model and its optimizer at stages 1 to 3."""
+        return Layout(self._engines, self.original)
 
     def extra_state(self) -> dict[str, Any]:
         """The loss scale of every model, in the order in which they were set up."""
