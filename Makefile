@@ -8,13 +8,13 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 DEVICES ?= 2
 
-.PHONY: demo test test-gpu lint types fast env clean
+.PHONY: demo test test-gpu lint types fast env extensions clean
 
 demo: $(VENV)/.installed
 	$(BIN)/torchweft run --accelerator cpu --devices $(DEVICES) --strategy ddp examples/digits/train.py
 
 # Two at a time, those of a class or a module by one: they share what takes long to make.
-test: lint types
+test: lint types extensions
 	$(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 # What needs a GPU; skipped with a reason where there is none.
@@ -35,11 +35,17 @@ types: $(VENV)/.installed
 
 env: $(VENV)/.installed
 
+# DeepSpeed compiles its optimizer for the host at first use, into the user's cache folder: once, and
+# not while tests that wait for it are timed. Without a compiler they are skipped.
+extensions: $(VENV)/.installed
+	$(BIN)/python -m tests.deepspeed.extensions
+
 # torch comes first and pinned: whatever is installed after it must not pull another.
-$(VENV)/.installed: pyproject.toml plugins/cuda/pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml $(wildcard plugins/*/pyproject.toml) constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,examples]" -e plugins/cuda
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,examples]" \
+		-e plugins/cuda -e plugins/deepspeed
 	touch $@
 
 clean:

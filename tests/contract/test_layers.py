@@ -32,9 +32,13 @@ def lint(folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def copied(tmp_path: Path) -> Path:
-    """Both packages and the contracts, to be broken."""
+    """All packages and the contracts, to be broken."""
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    for package in ("core/torchweft", "plugins/cuda/torchweft_cuda"):
+    for package in (
+        "core/torchweft",
+        "plugins/cuda/torchweft_cuda",
+        "plugins/deepspeed/torchweft_deepspeed",
+    ):
         shutil.copytree(
             ROOT / package,
             tmp_path / Path(package).name,
@@ -65,6 +69,16 @@ def test_the_contracts_are_kept() -> None:
             "torchweft_cuda/ddp.py",
             "from torchweft import manager",
             "A plugin imports nothing private",
+        ),
+        (
+            "torchweft_deepspeed/requests.py",
+            "import torch",
+            "Nothing that decides what to run imports torch",
+        ),
+        (
+            "torchweft_deepspeed/engine.py",
+            "import torchweft_cuda",
+            "A plugin imports no other plugin",
         ),
     ],
 )

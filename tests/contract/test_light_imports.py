@@ -52,7 +52,7 @@ def modules_after(code: str) -> frozenset[str]:
 
 def test_the_installed_plugins_are_known() -> None:
     assert "torchweft.builtin.hooks" in HOOKS
-    assert "torchweft_cuda.hooks" in HOOKS
+    assert {"torchweft_cuda.hooks", "torchweft_deepspeed.hooks"} <= set(HOOKS)
 
 
 def test_a_fresh_interpreter_can_import_torch() -> None:
@@ -82,14 +82,14 @@ def test_asking_every_probe_and_making_a_plan_imports_no_torch() -> None:
         "               environ=os.environ, objections=manager.objections)\n"
         "assert plan.topology.world_size == 2\n"
     )
-    assert "torchweft_cuda.hooks" in loaded
-    assert loaded.isdisjoint({"torch", "numpy"})
+    assert {"torchweft_cuda.hooks", "torchweft_deepspeed.probe"} <= loaded
+    assert loaded.isdisjoint({"torch", "numpy", "deepspeed"})
 
 
 def test_listing_the_plugins_imports_no_torch() -> None:
     loaded = modules_after("from torchweft.cli import main\nmain(['plugins'])")
     assert "torchweft.cli.plugins" in loaded
-    assert loaded.isdisjoint({"torch", "numpy"})
+    assert loaded.isdisjoint({"torch", "numpy", "deepspeed"})
 
 
 def test_fabric_brings_nothing_that_is_needed_later_alone() -> None:

@@ -12,7 +12,7 @@ import torchweft
 from torchweft.catalog import Catalog
 from torchweft.cli import checks as module
 from torchweft.cli.checks import CHECKS, Finding
-from torchweft.cli.facts import Computer, Device, Driver, Facts, Torch
+from torchweft.cli.facts import Computer, Device, Driver, Facts, Torch, Unusable
 from torchweft.manager import Declared
 from torchweft.specs import AcceleratorSpec, StrategySpec
 
@@ -48,6 +48,19 @@ def test_torch_that_cannot_be_imported() -> None:
     found = the_finding(replace(HEALTHY, torch=Torch(error="OSError: libx.so: not found")))
     assert found.broken
     assert found.message == "torch cannot be imported: OSError: libx.so: not found"
+
+
+def test_what_is_installed_and_cannot_be_used() -> None:
+    loom = Unusable(
+        kind="strategy", name="loom", provider="torchweft-loom 1", reason="no yarn", hint="buy some"
+    )
+    assert the_finding(replace(HEALTHY, unusable=(loom,))) == Finding(
+        broken=False,
+        message="strategy 'loom' (torchweft-loom 1) cannot be used here: no yarn",
+        hint="buy some",
+    )
+    found = the_finding(replace(HEALTHY, unusable=(replace(loom, hint=""),)))
+    assert found.hint == "see the documentation of torchweft-loom 1"
 
 
 @pytest.mark.parametrize("version", ["1.13.1", "2.8.0+cu126"])

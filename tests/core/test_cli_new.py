@@ -462,9 +462,9 @@ def test_a_name_is_free_for_another_kind(tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_well_known(tmp_path: Path) -> None:
-    assert refused("strategy", "deepspeed_stage_2", "--into", tmp_path) == (
-        "strategy 'deepspeed_stage_2' is in the package torchweft-deepspeed, which would clash "
-        "with yours where both are installed; choose another name"
+    assert refused("strategy", "xla_fsdp", "--into", tmp_path) == (
+        "strategy 'xla_fsdp' is in the package torchweft-xla, which would clash with yours where "
+        "both are installed; choose another name"
     )
 
 

@@ -240,11 +240,9 @@ def test_an_unknown_strategy_names_the_nearest(looms: Path) -> None:
 
 
 def test_a_known_name_says_what_to_install(looms: Path) -> None:
-    said = refused(looms, 1, "--strategy", "deepspeed_stage_3")
-    assert said.startswith("strategy 'deepspeed_stage_3'")
-    assert said.endswith(
-        "is in a package that is not installed; try: pip install torchweft-deepspeed"
-    )
+    said = refused(looms, 1, "--strategy", "xla_fsdp")
+    assert said.startswith("strategy 'xla_fsdp'")
+    assert said.endswith("is in a package that is not installed; try: pip install torchweft-xla")
 
 
 def test_more_devices_than_there_are(looms: Path) -> None:

@@ -135,7 +135,7 @@ def test_the_built_in_names_are_listed() -> None:
     assert shown.splitlines()[0].split("  ")[0] == "KIND"
     cpu = line_of(shown, "accelerator", "cpu")
     assert re.match(rf"accelerator +cpu +yes +torchweft {re.escape(__version__)} ", cpu)
-    assert "; also: 32" in line_of(shown, "precision", "32-true")
+    assert "; also: 32" in line_of(shown, "precision", "32-true", "  torchweft 0.")
     for kind, name in [
         ("strategy", "single_device"),
         ("precision", "bf16-mixed"),

@@ -46,15 +46,17 @@ class Built:
 
     Attributes:
         tree: the copy of the repository that it was built from.
-        core, cuda: folders with a wheel and a source archive, the wheel made from the archive.
-        direct: a folder with the wheels of both, made from the tree itself.
+        core, cuda, deepspeed: folders with a wheel and a source archive, the wheel made from the
+            archive.
+        direct: a folder with the wheels of all of them, made from the tree itself.
         acme, broken, clash, localsgd: folders with the wheels of third parties.
-        dependencies: a folder with what core and plugin depend on, and without the two.
+        dependencies: a folder with what core and plugins depend on, and without these.
     """
 
     tree: Path
     core: Path
     cuda: Path
+    deepspeed: Path
     direct: Path
     acme: Path
     broken: Path
@@ -74,15 +76,13 @@ def _build(folder: Path) -> Built:
     tree = folder / "tree"
     copytree(ROOT, tree, ignore=_ignored)
     _leave_litter(tree)
-    cuda = tree / "plugins" / "cuda"
+    homes = {"core": tree, **{name: tree / "plugins" / name for name in ("cuda", "deepspeed")}}
     third = tree / "tests" / "thirdparty"
     strangers = ("acme", "broken", "clash", "localsgd")
-    built = {name: folder / name for name in ("core", "cuda", "direct", *strangers)}
+    built = {name: folder / name for name in (*homes, "direct", *strangers)}
     jobs: list[Sequence[str | Path]] = [
-        (tree, "--outdir", built["core"]),
-        (cuda, "--outdir", built["cuda"]),
-        (tree, "--wheel", "--outdir", built["direct"]),
-        (cuda, "--wheel", "--outdir", built["direct"]),
+        *((home, "--outdir", built[name]) for name, home in homes.items()),
+        *((home, "--wheel", "--outdir", built["direct"]) for home in homes.values()),
         *((third / f"torchweft-{name}", "--wheel", "--outdir", built[name]) for name in strangers),
     ]
     with ThreadPoolExecutor(2) as pool:
@@ -99,7 +99,11 @@ def _ignored(folder: str, names: list[str]) -> set[str]:
 
 def _leave_litter(tree: Path) -> None:
     """What lies about in a tree that somebody works in; a distribution must not have it."""
-    for package in ("core/torchweft", "plugins/cuda/torchweft_cuda"):
+    for package in (
+        "core/torchweft",
+        "plugins/cuda/torchweft_cuda",
+        "plugins/deepspeed/torchweft_deepspeed",
+    ):
         cache = tree / package / "__pycache__"
         cache.mkdir()
         (cache / "hooks.cpython-311.pyc").write_bytes(b"")
@@ -128,7 +132,7 @@ def _call(*command: str | Path) -> str:
 # -- dependencies ------------------------------------------------------------------------------
 
 #: The distributions whose dependencies are made visible, and which are not visible themselves.
-ROOT_NAMES = ("torchweft", "torchweft-cuda")
+ROOT_NAMES = ("torchweft", "torchweft-cuda", "torchweft-deepspeed")
 
 
 def link_dependencies(roots: Iterable[str], folder: Path) -> Path:

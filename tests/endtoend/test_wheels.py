@@ -22,13 +22,25 @@ from tests.endtoend.packaging import (
     only,
     trained_alone,
 )
-from torchweft_cuda import hooks
+from torchweft_cuda import hooks as cuda_hooks
+from torchweft_deepspeed import hooks as deepspeed_hooks
 
 #: Package folder in the tree, by import name.
-PACKAGES = {"torchweft": "core/torchweft", "torchweft_cuda": "plugins/cuda/torchweft_cuda"}
+PACKAGES = {
+    "torchweft": "core/torchweft",
+    "torchweft_cuda": "plugins/cuda/torchweft_cuda",
+    "torchweft_deepspeed": "plugins/deepspeed/torchweft_deepspeed",
+}
+
+#: Those that came into a project as plugins.
+PLUGINS = {"torchweft_cuda": cuda_hooks, "torchweft_deepspeed": deepspeed_hooks}
 
 #: Where each has its ``pyproject.toml``.
-HOMES = {"torchweft": ".", "torchweft_cuda": "plugins/cuda"}
+HOMES = {
+    "torchweft": ".",
+    "torchweft_cuda": "plugins/cuda",
+    "torchweft_deepspeed": "plugins/deepspeed",
+}
 
 NAMES = pytest.mark.parametrize("name", PACKAGES)
 
@@ -54,11 +66,23 @@ def both(built, tmp_path_factory) -> Fresh:
     return fresh
 
 
+@pytest.fixture(scope="module")
+def zero(built, tmp_path_factory) -> Fresh:
+    """The core with the extra for DeepSpeed."""
+    fresh = make_fresh(tmp_path_factory.mktemp("zero") / "env", built.dependencies)
+    fresh.install("torchweft[deepspeed]", find_links=[built.core, built.deepspeed])
+    return fresh
+
+
 # -- contents ----------------------------------------------------------------------------------
 
 
 def folder(built: Built, name: str) -> Path:
-    return {"torchweft": built.core, "torchweft_cuda": built.cuda}[name]
+    return {
+        "torchweft": built.core,
+        "torchweft_cuda": built.cuda,
+        "torchweft_deepspeed": built.deepspeed,
+    }[name]
 
 
 def version(built: Built, name: str) -> str:
@@ -178,12 +202,15 @@ def test_extras(built):
     assert extras["dev"] >= {"pytest", "mypy", "ruff", "build", "hatchling", "scikit-learn"}
 
 
-def test_core_and_plugin_of_one_release_ask_for_each_other(built):
-    core, cuda = metadata(built, "torchweft"), metadata(built, "torchweft_cuda")
-    (asked,) = {r.specifier for r in core.requires_dist if r.name == "torchweft-cuda"}
-    assert cuda.version in asked
-    needs = {r.name: r.specifier for r in cuda.requires_dist}
-    assert set(needs) == {"torchweft", "torch"}
+@pytest.mark.parametrize(
+    ("name", "others"), [("torchweft_cuda", set()), ("torchweft_deepspeed", {"deepspeed", "ninja"})]
+)
+def test_core_and_plugin_of_one_release_ask_for_each_other(built, name, others):
+    core, plugin = metadata(built, "torchweft"), metadata(built, name)
+    (asked,) = {r.specifier for r in core.requires_dist if r.name == plugin.name}
+    assert plugin.version in asked
+    needs = {r.name: r.specifier for r in plugin.requires_dist}
+    assert set(needs) == {"torchweft", "torch"} | others
     assert core.version in needs["torchweft"]
     # Both speak of the same torch.
     assert needs["torch"] in [r.specifier for r in core.requires_dist if r.name == "torch"]
@@ -198,19 +225,21 @@ def test_entry_points(built):
     assert entry_points(built, "torchweft_cuda") == {
         ("torchweft", "cuda", "torchweft_cuda.hooks"),
     }
+    assert entry_points(built, "torchweft_deepspeed") == {
+        ("torchweft", "deepspeed", "torchweft_deepspeed.hooks"),
+    }
 
 
-def test_the_readme_of_the_plugin_names_what_it_declares():
+@pytest.mark.parametrize("name", PLUGINS)
+def test_the_readme_of_a_plugin_names_what_it_declares(name):
     rows = re.findall(
         r"^\| (\w+) \| `(.+?)` \| (.*?) \|",
-        (ROOT / "plugins" / "cuda" / "README.md").read_text(),
+        (ROOT / HOMES[name] / "README.md").read_text(),
         flags=re.MULTILINE,
     )
-    declared = [
-        *hooks.torchweft_accelerators(),
-        *hooks.torchweft_strategies(),
-        *hooks.torchweft_precisions(),
-    ]
+    kinds = ("accelerators", "strategies", "precisions", "launchers")
+    declaring = [getattr(PLUGINS[name], f"torchweft_{kind}", list) for kind in kinds]
+    declared = [spec for declare in declaring for spec in declare()]
     assert [(kind, name, re.findall("`(.+?)`", also)) for kind, name, also in rows] == [
         (spec.kind, spec.name, list(spec.names()[1:])) for spec in declared
     ]
@@ -231,13 +260,13 @@ print(package.__file__, package.__version__)
 """
 
 
-def test_every_module_needs_only_what_is_declared(run, built, both):
-    for name in PACKAGES:
-        result = run(both.python, "-W", "error", "-c", IMPORT_ALL, name, environ=both.environ())
+def test_every_module_needs_only_what_is_declared(run, built, both, zero):
+    for name, place in zip(PACKAGES, (both, both, zero), strict=True):
+        result = run(place.python, "-W", "error", "-c", IMPORT_ALL, name, environ=place.environ())
         assert result.status == 0, result.err
         path, told = result.out.split()
         # Installed here: nothing reaches through to the tree that the tests run in.
-        assert Path(path).is_relative_to(both.folder)
+        assert Path(path).is_relative_to(place.folder)
         assert told == version(built, name)
 
 
@@ -316,3 +345,17 @@ def test_ddp_by_name_on_two_processes(run, both, tmp_path, way):
     assert result.status == 0, result.err
     assert result.lines == ["trained by torchweft_cuda.ddp:DDPStrategy"]
     assert distance(path, trained_alone()) < 1e-10
+
+
+@pytest.mark.parametrize("way", ["python", "torchweft run"])
+def test_zero_by_name_on_two_processes(run, zero, tmp_path, way):
+    path, strategy = tmp_path / "model.ckpt", "deepspeed_stage_2"
+    command = {
+        "python": [zero.python, TRAIN, path, strategy],
+        "torchweft run": [zero.command, "run", "--devices=2", "--strategy", strategy, TRAIN, path],
+    }[way]
+    result = run(*command, environ=zero.environ())
+    assert result.status == 0, result.err
+    assert result.lines == ["trained by torchweft_deepspeed.strategy:DeepSpeedStrategy"]
+    # It steps in 32-bit, whatever the model is in.
+    assert distance(path, trained_alone()) < 1e-5

@@ -66,6 +66,16 @@ def _check_plugins(facts: Facts) -> Iterator[Finding]:
         )
 
 
+def _check_probes(facts: Facts) -> Iterator[Finding]:
+    for found in facts.unusable:
+        yield Finding(
+            broken=False,
+            message=f"{found.kind} '{found.name}' ({found.provider}) cannot be used here: "
+            f"{found.reason}",
+            hint=found.hint or f"see the documentation of {found.provider}",
+        )
+
+
 def _check_clashes(facts: Facts) -> Iterator[Finding]:
     for kind in KINDS:
         for name in facts.catalog.names(kind):
@@ -190,6 +200,7 @@ def _check_host(facts: Facts) -> Iterator[Finding]:
 CHECKS: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     _check_torch,
     _check_plugins,
+    _check_probes,
     _check_clashes,
     _check_versions,
     _check_devices,

@@ -20,7 +20,7 @@ from torchweft.errors import InvalidRequest, TorchweftError
 from torchweft.manager import Manager
 from torchweft.request import RunRequest
 from torchweft.resolve import resolve
-from torchweft.specs import KINDS, load_target
+from torchweft.specs import KINDS, Availability, load_target
 
 __all__ = ["READ_BY_MANAGER", "Computer", "Device", "Driver", "Facts", "Torch", "gather"]
 
@@ -82,6 +82,17 @@ class Device:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Unusable:
+    """What is installed and cannot be used here, as its probe says; devices are apart."""
+
+    kind: str
+    name: str
+    provider: str
+    reason: str
+    hint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Computer:
     """Cores and memory (bytes) that this process may use, and its own name on the network.
 
@@ -106,6 +117,7 @@ class Facts:
     Attributes:
         environ: the whole environment.
         catalog: what is installed.
+        unusable: specs of other kinds than accelerators that cannot be used here.
         failing: sentences about specs that are declared and cannot be loaded.
         drivers: those that are loaded on this computer.
         plan: what ``Fabric()`` without arguments would be; ``plan_error`` why it fails.
@@ -117,6 +129,7 @@ class Facts:
     torch: Torch
     computer: Computer
     devices: tuple[Device, ...] = ()
+    unusable: tuple[Unusable, ...] = ()
     failing: tuple[str, ...] = ()
     drivers: tuple[Driver, ...] = ()
     plan: str = ""
@@ -149,6 +162,7 @@ def gather(environ: Mapping[str, str]) -> Facts:
         torch=torch,
         computer=_computer(),
         devices=tuple(_devices(catalog, torch)),
+        unusable=tuple(_unusable(catalog)),
         failing=tuple(_failing(catalog, environ)) if torch.version else (),
         drivers=tuple(driver for driver in _DRIVERS if Path(driver.sign).exists()),
         plan=plan,
@@ -223,6 +237,24 @@ def _names(device: str, count: int) -> tuple[str, ...]:
     except (ImportError, AttributeError):
         return ()
     return tuple(name(index) for index in range(count))
+
+
+def _unusable(catalog: Catalog) -> Iterator[Unusable]:
+    for kind in KINDS:
+        for entry in catalog.entries(kind) if kind != "accelerator" else ():
+            answer = Availability(ok=True)
+            # A probe that fails is told with all else that does.
+            with contextlib.suppress(Exception, SystemExit):
+                if entry.spec.probe:
+                    answer = load_target(entry.spec.probe, entry.provider)()
+            if not answer.ok:
+                yield Unusable(
+                    kind=kind,
+                    name=entry.spec.name,
+                    provider=entry.provider,
+                    reason=answer.reason,
+                    hint=answer.hint,
+                )
 
 
 def _failing(catalog: Catalog, environ: Mapping[str, str]) -> Iterator[str]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch.distributed as dist
@@ -36,6 +37,7 @@ def load(device: str) -> Any:
         raise NotAvailable(
             f"strategy 'deepspeed' (torchweft-deepspeed) cannot import deepspeed: {error}"
         ) from error
+    _find_ninja()
     found = made_for()
     if found != device:
         raise IncompatiblePlan(
@@ -44,6 +46,20 @@ def load(device: str) -> Any:
             "fabric.launch()"
         )
     return deepspeed
+
+
+def _find_ninja() -> None:
+    """Have ninja found where its package is, also in an environment that was not activated.
+
+    torch looks for the program alone.
+    """
+    if shutil.which("ninja") is not None:
+        return
+    with suppress(ImportError):
+        import ninja
+
+        path = os.environ.get("PATH", os.defpath)
+        os.environ["PATH"] = f"{ninja.BIN_DIR}{os.pathsep}{path}"
 
 
 def made_for() -> str:
