@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from torchweft.api import Place
 from torchweft.testing.models import Samples, build, loss_of, optimizer_for
@@ -291,35 +292,75 @@ def lets_go(fabric: Any) -> bool:
 
 
 class Checkpointed(nn.Module):
-    """Layers whose activations are computed twice, in the words of DeepSpeed."""
+    """Layers whose activations are computed twice, as ``how`` says."""
 
-    def __init__(self) -> None:
+    def __init__(self, how: str = "") -> None:
         super().__init__()
+        self.how = how
         self.layers = nn.ModuleList([nn.Linear(6, 6) for _ in range(3)])
         self.out = nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        import deepspeed
-
         for layer in self.layers:
-            if self.training:
+            if self.how == "deepspeed":
+                import deepspeed
+
                 x = deepspeed.checkpointing.checkpoint(layer, x)
+            elif self.how:
+                x = checkpoint(layer, x, use_reentrant=self.how == "reentrant")
             else:
                 x = layer(x)
         output: Tensor = self.out(torch.tanh(x))
         return output
 
 
-def trains_checkpointed(fabric: Any) -> list[float]:
+def trains_checkpointed(fabric: Any, how: str) -> tuple[list[float], int]:
+    """Losses, and how many numbers were kept for the backward pass."""
     torch.manual_seed(1)
-    plain = Checkpointed()
+    plain = Checkpointed(how)
     model, optimizer = fabric.setup(plain, optimizer_for(plain, "momentum"))
     x, y = data_of(fabric)
-    losses = []
+    losses, kept = [], {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
     for _ in range(3):
-        loss = loss_of(model(x.clone().requires_grad_()), y)
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = loss_of(model(x.clone().requires_grad_()), y)
         fabric.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(fabric.all_reduce(loss.detach().clone())))
-    return losses
+    return losses, sum(kept.values())
+
+
+# -- a drive ---------------------------------------------------------------------------------------
+
+
+def wide() -> tuple[nn.Module, torch.optim.Optimizer, Tensor]:
+    """Layers that are large enough to be worth a way to the drive."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(1024, 1024), nn.Tanh(), nn.Linear(1024, 1024))
+    return model, torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-4), torch.randn(4, 1024)
+
+
+def trains_wide(fabric: Any, drive: Path, path: Path | None, load: bool) -> tuple[list[float], int]:
+    """Losses, and how many files the drive has. Saves behind two of four steps."""
+    plain, made, x = wide()
+    model, optimizer = fabric.setup(plain, made)
+    state = {"model": model, "optimizer": optimizer}
+    if load:
+        fabric.load(path, state)
+    losses = []
+    for step in range(2 if load else 4):
+        if path is not None and not load and step == 2:
+            fabric.save(path, state)
+        loss = model(x).square().mean()
+        fabric.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses[-2:], len(list(drive.rglob("*.swp")))

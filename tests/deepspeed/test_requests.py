@@ -157,6 +157,41 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     _refused("cannot be written", stage=3, offload_optimizer="nvme", nvme_path=str(tmp_path))
 
 
+def test_a_drive_without_the_library_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchweft_deepspeed.requests._AIO", "no-such-header.h")
+    with pytest.raises(IncompatiblePlan) as refused:
+        Fabric(accelerator="cpu", devices=2, strategy="deepspeed_stage_3_offload_nvme")
+    for option in ("offload_optimizer", "offload_parameters"):
+        assert (
+            f"strategy 'deepspeed' was asked for {option}='nvme', for which DeepSpeed compiles an "
+            "extension with libaio, whose header no-such-header.h is not here; install it (apt "
+            "install libaio-dev), or write 'cpu' in place of 'nvme'"
+        ) in str(refused.value)
+        assert f"{option}='nvme', and no folder of the drive was named" in str(refused.value)
+
+
+@pytest.mark.parametrize("option", ["partition_activations", "contiguous_memory_optimization"])
+def test_activations_are_not_divided(option: str) -> None:
+    words = (
+        f"strategy 'deepspeed' was asked for {option}, by which DeepSpeed divides activations "
+        "between the processes that have one model together; here every process has a model, so "
+        "that it would save nothing: leave it out"
+    )
+    _refused(words, **{option: True})
+    _refused(words, config={"activation_checkpointing": {option: True}})
+
+
+def test_activations_are_not_moved_to_where_they_are() -> None:
+    DeepSpeedStrategy(cpu_checkpointing=True)
+    words = (
+        "strategy 'deepspeed' was asked for cpu_checkpointing, which moves activations to the "
+        "memory of the host, and on accelerator 'cpu' they are there; leave it out"
+    )
+    with pytest.raises(IncompatiblePlan, match=words):
+        Fabric(accelerator="cpu", devices=2, strategy="deepspeed:cpu_checkpointing=true")
+    assert objections({"cpu_checkpointing": True}, "cuda") == []
+
+
 def test_an_option_that_there_is_not() -> None:
     with pytest.raises(UnknownOption, match=r"has no option 'stge'; did you mean 'stage'\?"):
         Fabric(accelerator="cpu", strategy="deepspeed:stge=3")

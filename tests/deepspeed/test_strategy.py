@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tests.deepspeed import ranks
 from torchweft.errors import RankFailed
 from torchweft.testing import run_ranks
 from torchweft.testing.models import Samples, build, loss_of, optimizer_for
+from torchweft_deepspeed.requests import _include_folders
 
 SMALL = "stage3_param_persistence_threshold=0"
 STAGE_3 = f"deepspeed_stage_3:{SMALL}"
@@ -160,12 +162,16 @@ def test_float16_with_a_loss_scale(stage: int, tmp_path: Path) -> None:
     assert told[5] == pytest.approx(loss_of(model(data.x[:8]), data.y[:8]).item(), abs=0.004)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_activations_are_checkpointed_as_the_options_say(stage: int) -> None:
-    strategy = f"deepspeed:stage={stage},number_checkpoints=3"
-    told = run_ranks(2, ranks.trains_checkpointed, strategy=strategy)[0]
+@pytest.mark.parametrize("how", ["deepspeed", "reentrant", "not reentrant"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_activations_are_computed_twice_where_the_model_says_so(stage: int, how: str) -> None:
+    strategy = f"deepspeed:stage={stage},stage3_param_persistence_threshold=0"
+    strategy += ",number_checkpoints=3,synchronize_checkpoint_boundary=true"
+    told, kept = run_ranks(2, ranks.trains_checkpointed, how, strategy=strategy)[0]
+    usual = run_ranks(2, ranks.trains_checkpointed, "", strategy=strategy)[0]
+    assert kept < usual[1]
     torch.manual_seed(1)
-    model = ranks.Checkpointed().eval()
+    model = ranks.Checkpointed()
     optimizer, data = optimizer_for(model, "momentum"), Samples(16)
     for step in range(3):
         loss = loss_of(model(data.x), data.y)
@@ -230,6 +236,33 @@ def test_an_optimizer_of_torch_steps_on_the_host_where_that_is_asked_for(stage: 
     strategy = f"deepspeed_stage_{stage}_offload:zero_force_ds_cpu_optimizer=false"
     told = run_ranks(2, ranks.train_long, strategy=strategy)
     assert told[0] == pytest.approx(_alone(), abs=1e-5)
+
+
+@pytest.mark.skipif(
+    not any(Path(each, "libaio.h").exists() for each in _include_folders()),
+    reason="needs libaio's header (apt install libaio-dev)",
+)
+@pytest.mark.timeout(400)
+def test_a_drive_holds_what_is_offloaded(tmp_path: Path) -> None:
+    model, optimizer, x = ranks.wide()
+    right = []
+    for _ in range(4):
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        right.append(loss.item())
+    drive, file, folder = tmp_path / "drive", tmp_path / "x.ckpt", tmp_path / "x"
+    strategy = f"deepspeed_stage_3_offload_nvme:nvme_path={drive},zero_force_ds_cpu_optimizer=false"
+    for path in (file, folder):
+        run: dict[str, Any] = {"strategy": strategy, "timeout": 300}
+        losses, files = run_ranks(2, ranks.trains_wide, drive, path, False, **run)[0]
+        assert losses == pytest.approx(right[-2:], rel=1e-5)
+        assert files
+        losses, _ = run_ranks(2, ranks.trains_wide, drive, path, True, **run)[0]
+        assert losses == pytest.approx(right[-2:], rel=1e-5)
+    losses, _ = run_ranks(2, ranks.trains_wide, drive, file, True, strategy="deepspeed_stage_1")[0]
+    assert losses == pytest.approx(right[-2:], rel=1e-5)
 
 
 # -- checkpoints -----------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ WRONG = [
         1,
         "'cuda' (--accelerator) cannot be used here",
     ),
-    (["--devices", "2", "--strategy", "deepspeed", "SCRIPT"], 1, "pip install torchweft-deepspeed"),
+    (["--devices", "2", "--strategy", "xla_fsdp", "SCRIPT"], 1, "pip install torchweft-xla"),
     (["--devices", "2", "--num-nodes", "2", "SCRIPT"], 2, "add --main-address"),
     (["--devices", "2", "--num-nodes", "1:2", "SCRIPT"], 2, "--rdzv-backend c10d"),
     (["--devices", "2", "--node-rank", "1", "SCRIPT"], 2, "--node-rank 1 is not one of 0 to 0"),

@@ -45,9 +45,15 @@ class Layout(FolderLayout):
         self._original = original
 
     def takes(self, module: nn.Module, optimizer: Optimizer) -> bool:
-        """A model in an engine of stage 1, 2 or 3, with the optimizer that is in it."""
+        """A model in an engine of stage 1, 2 or 3, with the optimizer that is in it.
+
+        Of what is on a drive DeepSpeed's own files have a part, under names that change.
+        """
         engine = self._engines.get(module)
-        return engine is not None and engine.stage > 0 and engine.optimizer is optimizer
+        if engine is None or engine.stage == 0 or engine.optimizer is not optimizer:
+            return False
+        live = engine.live
+        return not (live.zero_nvme_offload_optimizer() or _parameters_on_a_drive(live))
 
     def save(self, folder: str, module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         """By the engine, with the script beside that makes plain weights of it."""
@@ -162,6 +168,11 @@ class Layout(FolderLayout):
             "divided": [[names[id(p)] for p in held] for _, held in engine.holding.held],
             "parameters": shapes,
         }
+
+
+def _parameters_on_a_drive(live: Any) -> bool:
+    offload = live._config.zero_config.offload_param
+    return offload is not None and offload.device == "nvme"
 
 
 def _check_model(there: Mapping[str, Any], here: Mapping[str, Any], complete: bool) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -73,17 +74,26 @@ class Holding(ABC):
         """
         # DeepSpeed's own optimizers hand their counters to code that takes no tensor for one.
         plain = type(self.optimizer).__module__.startswith("deepspeed.")
-        for tensor, parameters in self.held:
+        for index, (tensor, parameters) in enumerate(self.held):
             mine = {p: states[p] for p in parameters if states.get(p)}
-            if mine:
-                self.optimizer.state[tensor] = _empty(tensor, mine, names, plain)
-            else:
-                self.optimizer.state.pop(tensor, None)
+            with self.at_hand(index):
+                if mine:
+                    self._begin(tensor, _empty(tensor, mine, names, plain))
+                else:
+                    self.optimizer.state.pop(tensor, None)
         self.link()
         for parameter, slots in states.items():
             for key, value in slots.items():
                 if self.is_divided(parameter, self.slots(parameter).get(key)):
                     self.fill_slot(parameter, key, value)
+
+    def _begin(self, tensor: Tensor, state: dict[str, Any]) -> None:
+        """Have this state, whose tensors are still empty, stepped."""
+        self.optimizer.state[tensor] = state
+
+    def at_hand(self, index: int) -> AbstractContextManager[None]:
+        """While it is entered, that of ``held`` and its state are in memory."""
+        return nullcontext()
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -206,6 +216,26 @@ class Divided(Holding):
         groups = zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
         super().__init__(zero.optimizer, list(groups))
         self._zero = zero
+
+    @contextmanager
+    def at_hand(self, index: int) -> Iterator[None]:
+        """Read from the drive, where it is there, and written to it afterwards."""
+        away = self._zero._swappable_optimizer_subgroup(index)
+        if away:
+            self._zero._optimizer_states_and_gradient_swap_in(index)
+        yield
+        if away:
+            self._zero._optimizer_states_and_gradient_swap_out(index)
+
+    def _begin(self, tensor: Tensor, state: dict[str, Any]) -> None:
+        # What goes to a drive is known there by the tensors that were made first.
+        before = self.optimizer.state.get(tensor) or {}
+        kept = {
+            key: before[key].zero_()
+            for key, value in state.items()
+            if isinstance(value, Tensor) and value.dim() and key in before
+        }
+        self.optimizer.state[tensor] = {**state, **kept}
 
     def full(self, parameter: nn.Parameter) -> Tensor:
         """Gathered."""

@@ -90,4 +90,5 @@ def torchweft_check_plan(plan: RunPlan) -> list[str]:
     """What the options of ``deepspeed`` say that cannot be."""
     if plan.strategy.target != _STRATEGY:
         return []
-    return objections(plan.options.get("strategy", {}))
+    device = plan.accelerator.device
+    return objections(plan.options.get("strategy", {}), device)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,14 +67,24 @@ TOP_OPTIONS = ("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer")
 _OFFLOADS = {"offload_optimizer": "offload_optimizer", "offload_parameters": "offload_param"}
 _DEVICES = ("none", "cpu", "nvme")
 
+#: Of the library by which DeepSpeed reads and writes a drive.
+_AIO = "libaio.h"
 
-def objections(options: Mapping[str, Any]) -> list[str]:
-    """What is wrong with options of the strategy: one sentence each."""
+
+def objections(options: Mapping[str, Any], device: str = "") -> list[str]:
+    """What is wrong with options of the strategy: one sentence each.
+
+    ``device``: torch's word for the kind that is used, once it is known.
+    """
     try:
         config = merged(options)
     except InvalidRequest as error:
         return [str(error)]
-    return _about_zero(config["zero_optimization"])
+    activations = config.get("activation_checkpointing", {})
+    return [
+        *_about_zero(config["zero_optimization"], device),
+        *_about_activations(activations, device),
+    ]
 
 
 def merged(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,7 +206,23 @@ def _settle_offload(
         )
 
 
-def _about_zero(zero: Mapping[str, Any]) -> list[str]:
+def _about_activations(block: Mapping[str, Any], device: str) -> list[str]:
+    found = [
+        f"strategy 'deepspeed' was asked for {option}, by which DeepSpeed divides activations "
+        "between the processes that have one model together; here every process has a model, so "
+        "that it would save nothing: leave it out"
+        for option in ("partition_activations", "contiguous_memory_optimization")
+        if block.get(option)
+    ]
+    if block.get("cpu_checkpointing") and device == "cpu":
+        found.append(
+            "strategy 'deepspeed' was asked for cpu_checkpointing, which moves activations to the "
+            "memory of the host, and on accelerator 'cpu' they are there; leave it out"
+        )
+    return found
+
+
+def _about_zero(zero: Mapping[str, Any], device: str) -> list[str]:
     found = []
     stage = zero["stage"]
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
@@ -229,6 +257,12 @@ def _about_offload(option: str, device: str, block: Mapping[str, Any], stage: in
             f"strategy 'deepspeed' was asked for offload_optimizer='nvme' at stage {stage}; "
             "write stage=3 with it, or offload_optimizer='cpu'"
         )
+    if not any(os.path.exists(os.path.join(each, _AIO)) for each in _include_folders()):
+        found.append(
+            f"strategy 'deepspeed' was asked for {option}='nvme', for which DeepSpeed compiles an "
+            f"extension with libaio, whose header {_AIO} is not here; install it (apt install "
+            "libaio-dev), or write 'cpu' in place of 'nvme'"
+        )
     path = block.get("nvme_path")
     if path is None:
         found.append(
@@ -241,6 +275,15 @@ def _about_offload(option: str, device: str, block: Mapping[str, Any], stage: in
             "user may write"
         )
     return found
+
+
+def _include_folders() -> list[str]:
+    """Where a compiler looks for a header."""
+    named = [os.environ.get(name, "") for name in ("CPATH", "CPLUS_INCLUDE_PATH")]
+    flags = shlex.split(os.environ.get("CFLAGS", ""))
+    given = [flag.removeprefix("-I") for flag in flags if flag.startswith("-I")]
+    usual = [os.path.join(root, "include") for root in ("/usr", "/usr/local", sys.prefix)]
+    return [*os.pathsep.join(named).split(os.pathsep), *given, *usual]
 
 
 def _unwritable(path: str) -> str | None:

@@ -65,9 +65,10 @@ class DeepSpeedStrategy(DistributedStrategy):
         zero_allow_untested_optimizer: take optimizers that DeepSpeed has no tests of; on.
         zero_force_ds_cpu_optimizer: with an offloaded optimizer, take DeepSpeed's own alone.
         partition_activations: for ``deepspeed.checkpointing.checkpoint`` in the model: divide what
-            it keeps.
+            it keeps between processes that have one model together. There are none here, so that
+            it is refused.
         cpu_checkpointing: for the same: keep it in the host's memory.
-        contiguous_memory_optimization: for the same: keep it in one buffer.
+        contiguous_memory_optimization: for the same: keep it in one buffer, once it is divided.
         synchronize_checkpoint_boundary: for the same: wait for the device at each.
         number_checkpoints: for the same: how many there are in the model.
         config: the rest of DeepSpeed's configuration, a dict or the path of a JSON file.
@@ -137,7 +138,7 @@ class DeepSpeedStrategy(DistributedStrategy):
 
     def start(self, place: Place) -> None:
         """Join the process group, and have DeepSpeed use it."""
-        for sentence in objections(self._options):
+        for sentence in objections(self._options, place.device.type):
             raise InvalidRequest(sentence)
         self._config = merged(self._options)
         self.stage = stage_of(self._config)
