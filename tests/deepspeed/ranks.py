@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from torchweft.api import Place
 from torchweft.testing.models import Samples, build, loss_of, optimizer_for
@@ -289,52 +288,6 @@ def lets_go(fabric: Any) -> bool:
     del model, optimizer
     gc.collect()
     return alive() is None
-
-
-class Checkpointed(nn.Module):
-    """Layers whose activations are computed twice, as ``how`` says."""
-
-    def __init__(self, how: str = "") -> None:
-        super().__init__()
-        self.how = how
-        self.layers = nn.ModuleList([nn.Linear(6, 6) for _ in range(3)])
-        self.out = nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            if self.how == "deepspeed":
-                import deepspeed
-
-                x = deepspeed.checkpointing.checkpoint(layer, x)
-            elif self.how:
-                x = checkpoint(layer, x, use_reentrant=self.how == "reentrant")
-            else:
-                x = layer(x)
-        output: Tensor = self.out(torch.tanh(x))
-        return output
-
-
-def trains_checkpointed(fabric: Any, how: str) -> tuple[list[float], int]:
-    """Losses, and how many numbers were kept for the backward pass."""
-    torch.manual_seed(1)
-    plain = Checkpointed(how)
-    model, optimizer = fabric.setup(plain, optimizer_for(plain, "momentum"))
-    x, y = data_of(fabric)
-    losses, kept = [], {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.data_ptr()] = tensor.numel()
-        return tensor
-
-    for _ in range(3):
-        kept.clear()
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = loss_of(model(x.clone().requires_grad_()), y)
-        fabric.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(fabric.all_reduce(loss.detach().clone())))
-    return losses, sum(kept.values())
 
 
 # -- a drive ---------------------------------------------------------------------------------------

@@ -1,20 +1,30 @@
-"""Strategy ``deepspeed`` trains, saves and loads as one process does, at every stage."""
+"""Strategy ``deepspeed`` trains, saves and loads as one process does, at every stage.
+
+Stages 0 to 2 run on two devices here; ``TORCHWEFT_SOAK=1`` runs them on one too, as stage 3.
+"""
 
 from __future__ import annotations
 
+import os
+
 from torchweft.testing import StrategyConformance
+
+DEVICES = (1, 2) if os.environ.get("TORCHWEFT_SOAK") == "1" else (2,)
 
 
 class TestStage0(StrategyConformance):
     strategy = "deepspeed:stage=0"
+    devices = DEVICES
 
 
 class TestStage1(StrategyConformance):
     strategy = "deepspeed_stage_1"
+    devices = DEVICES
 
 
 class TestStage2(StrategyConformance):
     strategy = "deepspeed_stage_2"
+    devices = DEVICES
 
 
 class TestStage3(StrategyConformance):

@@ -91,6 +91,7 @@ def test_both_say_something() -> None:
         ("bf16", {"enabled": True}, "precision='bf16-mixed' or 'bf16-true'"),
         ("optimizer", {"type": "Adam"}, "the optimizer that fabric.setup(model, optimizer)"),
         ("scheduler", {"type": "WarmupLR"}, "fabric.setup(model, optimizer, scheduler=…)"),
+        ("checkpoint", {"load_universal": True}, "fabric.save(path, …) and fabric.load(path, …)"),
     ],
 )
 def test_what_follows_from_the_script(key: str, value: Any, instead: str) -> None:
@@ -190,6 +191,18 @@ def test_activations_are_not_moved_to_where_they_are() -> None:
     with pytest.raises(IncompatiblePlan, match=words):
         Fabric(accelerator="cpu", devices=2, strategy="deepspeed:cpu_checkpointing=true")
     assert objections({"cpu_checkpointing": True}, "cuda") == []
+
+
+def test_what_deepspeed_does_not_know_of_activations() -> None:
+    _refused(
+        "strategy 'deepspeed' was given config= with "
+        "'activation_checkpointing.partition_activation', which DeepSpeed does not know; did you "
+        "mean 'partition_activations'? it knows contiguous_memory_optimization, cpu_checkpointing, "
+        "number_checkpoints, partition_activations, profile, synchronize_checkpoint_boundary",
+        config={"activation_checkpointing": {"partition_activation": False}},
+    )
+    block = {"profile": True, "number_checkpoints": 3, "partition_activations": False}
+    assert objections({"config": {"activation_checkpointing": block}}, "cpu") == []
 
 
 def test_an_option_that_there_is_not() -> None:

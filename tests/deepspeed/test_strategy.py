@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.deepspeed import ranks
-from torchweft.errors import RankFailed
+from torchweft.errors import Misuse, RankFailed
 from torchweft.testing import run_ranks
 from torchweft.testing.models import Samples, build, loss_of, optimizer_for
 from torchweft_deepspeed.requests import _include_folders
@@ -162,25 +162,6 @@ def test_float16_with_a_loss_scale(stage: int, tmp_path: Path) -> None:
     assert told[5] == pytest.approx(loss_of(model(data.x[:8]), data.y[:8]).item(), abs=0.004)
 
 
-@pytest.mark.parametrize("how", ["deepspeed", "reentrant", "not reentrant"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_activations_are_computed_twice_where_the_model_says_so(stage: int, how: str) -> None:
-    strategy = f"deepspeed:stage={stage},stage3_param_persistence_threshold=0"
-    strategy += ",number_checkpoints=3,synchronize_checkpoint_boundary=true"
-    told, kept = run_ranks(2, ranks.trains_checkpointed, how, strategy=strategy)[0]
-    usual = run_ranks(2, ranks.trains_checkpointed, "", strategy=strategy)[0]
-    assert kept < usual[1]
-    torch.manual_seed(1)
-    model = ranks.Checkpointed()
-    optimizer, data = optimizer_for(model, "momentum"), Samples(16)
-    for step in range(3):
-        loss = loss_of(model(data.x), data.y)
-        assert told[step] == pytest.approx(loss.item(), abs=1e-5)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
 # -- memory ----------------------------------------------------------------------------------------
 
 
@@ -304,3 +285,25 @@ def test_the_state_of_a_divided_model_names_fabric_save() -> None:
 
 def _state_dict(fabric: object) -> None:
     ranks.set_up(fabric)[0].state_dict()
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_state_of_an_optimizer_names_fabric_save(precision: str) -> None:
+    words = "'deepspeed' the state of this AdamW is divided between the processes; call fabric."
+    for stage, strategy in enumerate(STAGES):
+        told = run_ranks(2, _optimizer_state, strategy=strategy, precision=precision)[0]
+        whole = stage == 0 and precision == "32-true"
+        assert [words in each for each in told] == [not whole] * 2
+        assert whole or "save(path, {'model': model, 'optimizer': optimizer})" in told[0]
+
+
+def _optimizer_state(fabric: Any) -> list[str]:
+    optimizer = ranks.set_up(fabric)[1]
+    said, state = [], optimizer.optimizer.state_dict()
+    for call in (optimizer.state_dict, lambda: optimizer.load_state_dict(state)):
+        try:
+            call()
+            said.append("")
+        except Misuse as error:
+            said.append(str(error))
+    return said

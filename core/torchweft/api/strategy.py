@@ -138,8 +138,12 @@ class Strategy:
     owns_backward: ClassVar[bool] = False
 
     #: Whether a process holds parts of parameters alone, so that ``model.state_dict()`` would be
-    #: less than the model. It is an error then, which names ``fabric.save``.
-    splits_parameters: ClassVar[bool] = False
+    #: less than the model. It is an error then, which names ``fabric.save``. ``start`` may set it
+    #: where options decide.
+    splits_parameters: bool = False
+
+    #: The same of ``optimizer.state_dict()``: whether the state is not in the user's optimizer.
+    splits_optimizer: bool = False
 
     #: Whether all processes hold the same parameters and optimizer state between steps, so that
     #: any of them may write what is not split of a checkpoint; rank 0 writes it otherwise.

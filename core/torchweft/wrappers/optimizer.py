@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from torchweft.api import Precision, Strategy
+from torchweft.errors import Misuse
 
 __all__ = ["AfterStep", "FabricOptimizer", "wrap_optimizer"]
 
@@ -49,12 +50,25 @@ class FabricOptimizer:
     # -- being the original ----------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The original's, which is keyed by index."""
+        """The original's, keyed by index. Raises ``Misuse`` where its state is elsewhere."""
+        self.__check_whole("state_dict()", "save")
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Into the original."""
+        """Into the original. Raises ``Misuse`` where its state is elsewhere."""
+        self.__check_whole("load_state_dict(…)", "load")
         self.optimizer.load_state_dict(state_dict)
+
+    def __check_whole(self, call: str, instead: str) -> None:
+        strategy = self.__made_by[0]
+        if strategy.splits_optimizer:
+            name = strategy.place.plan.strategy.name
+            raise Misuse(
+                f"optimizer.{call} was called, and with strategy '{name}' the state of this "
+                f"{type(self.optimizer).__name__} is divided between the processes; call "
+                f"fabric.{instead}(path, {{'model': model, 'optimizer': optimizer}}) in every "
+                "process"
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """To the original."""

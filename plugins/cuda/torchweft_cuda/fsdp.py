@@ -28,16 +28,17 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torchweft.api import DataShard, DistributedStrategy, Place, Prepared
+from torchweft.api.activations import checkpoint_activations
+from torchweft.api.choosing import Choice
 from torchweft.api.deferred import Deferred, Pending
 from torchweft.api.initialising import SkipInit
 from torchweft.api.state import as_written, parameter_names
 from torchweft.errors import IncompatiblePlan, InvalidRequest
-from torchweft_cuda.activations import checkpoint_activations
 from torchweft_cuda.compiling import check_compile, compile_parts
 from torchweft_cuda.forward import Surroundings, free
 from torchweft_cuda.mesh import check_reshard, check_sizes, sizes_for
 from torchweft_cuda.outputs import refuse_changes_in_place
-from torchweft_cuda.parts import Choice, checked, choose, unshared
+from torchweft_cuda.parts import checked, choose, unshared
 from torchweft_cuda.sending import brought, send
 from torchweft_cuda.sharded import check_uneven, local, part_of, total_norm
 from torchweft_cuda.sharded_precision import ShardedMixed

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch.distributed as dist
+
 from torchweft.errors import InvalidRequest, did_you_mean
 
 __all__ = ["check_known", "complete"]
@@ -16,14 +18,16 @@ def complete(config: Mapping[str, Any], blocks: Mapping[str, Any], size: int) ->
     Args:
         config: what the options say.
         blocks: those of the precision.
-        size: elements of all parameters; no buffer for gradients need be larger.
+        size: elements of all parameters; no buffer for gradients need be larger, and at stage 3,
+            where it stays, a quarter of what a process has of them is enough.
     """
     zero = dict(config["zero_optimization"])
     if "reduce_bucket_size" not in zero:
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
         default = DeepSpeedZeroConfig.model_fields["reduce_bucket_size"].default
-        zero["reduce_bucket_size"] = max(1, min(int(default), size))
+        most = size // (4 * dist.get_world_size()) if zero["stage"] == 3 else size
+        zero["reduce_bucket_size"] = max(1, min(int(default), most))
     return {
         **config,
         **blocks,

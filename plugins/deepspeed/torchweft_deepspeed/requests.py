@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shlex
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from torchweft.errors import InvalidRequest
+from torchweft.errors import InvalidRequest, did_you_mean
 
-__all__ = ["OWNED", "merged", "objections", "read_config", "stage_of"]
+__all__ = ["OWNED", "merged", "objections", "of_one_model", "read_config", "stage_of"]
 
 DEFAULT_STAGE = 2
 
@@ -29,6 +31,7 @@ OWNED: Mapping[str, str] = {
     "amp": "precision='16-mixed' or 'bf16-mixed'",
     "optimizer": "the optimizer that fabric.setup(model, optimizer) is given",
     "scheduler": "the scheduler that fabric.setup(model, optimizer, scheduler=…) is given",
+    "checkpoint": "fabric.save(path, …) and fabric.load(path, …), which write and read the files",
 }
 
 #: Options of the strategy that are keys of ``zero_optimization`` under the same name.
@@ -82,7 +85,7 @@ def objections(options: Mapping[str, Any], device: str = "") -> list[str]:
         return [str(error)]
     activations = config.get("activation_checkpointing", {})
     return [
-        *_about_zero(config["zero_optimization"], device),
+        *_about_zero(config["zero_optimization"]),
         *_about_activations(activations, device),
     ]
 
@@ -160,6 +163,19 @@ def stage_of(config: Mapping[str, Any]) -> int:
     return int(config["zero_optimization"]["stage"])
 
 
+def of_one_model(config: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """A merged configuration whose folders of a drive are those of one model alone.
+
+    DeepSpeed empties the folder of parameters for each model, with those of the ones before.
+    """
+    zero = dict(config["zero_optimization"])
+    for key in _OFFLOADS.values():
+        path = zero.get(key, {}).get("nvme_path")
+        if path is not None:
+            zero[key] = {**zero[key], "nvme_path": os.path.join(path, f"model{number}")}
+    return {**config, "zero_optimization": zero}
+
+
 def _block(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     block = config.get(name, {})
     if not isinstance(block, Mapping):
@@ -207,7 +223,17 @@ def _settle_offload(
 
 
 def _about_activations(block: Mapping[str, Any], device: str) -> list[str]:
-    found = [
+    found = []
+    # DeepSpeed takes what it knows of this block, and passes over the rest.
+    known = sorted([*ACTIVATION_OPTIONS, "profile"])
+    for key in block:
+        if key not in known:
+            near = did_you_mean(key, known) or ";"
+            found.append(
+                f"strategy 'deepspeed' was given config= with 'activation_checkpointing.{key}', "
+                f"which DeepSpeed does not know{near} it knows {', '.join(known)}"
+            )
+    found += [
         f"strategy 'deepspeed' was asked for {option}, by which DeepSpeed divides activations "
         "between the processes that have one model together; here every process has a model, so "
         "that it would save nothing: leave it out"
@@ -222,7 +248,7 @@ def _about_activations(block: Mapping[str, Any], device: str) -> list[str]:
     return found
 
 
-def _about_zero(zero: Mapping[str, Any], device: str) -> list[str]:
+def _about_zero(zero: Mapping[str, Any]) -> list[str]:
     found = []
     stage = zero["stage"]
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
@@ -235,7 +261,8 @@ def _about_zero(zero: Mapping[str, Any], device: str) -> list[str]:
             )
         elif device != "none":
             found += _about_offload(option, device, zero[key], stage)
-    return found
+    # One folder is the same for both.
+    return list(dict.fromkeys(found))
 
 
 def _about_offload(option: str, device: str, block: Mapping[str, Any], stage: int) -> list[str]:
@@ -257,7 +284,7 @@ def _about_offload(option: str, device: str, block: Mapping[str, Any], stage: in
             f"strategy 'deepspeed' was asked for offload_optimizer='nvme' at stage {stage}; "
             "write stage=3 with it, or offload_optimizer='cpu'"
         )
-    if not any(os.path.exists(os.path.join(each, _AIO)) for each in _include_folders()):
+    if not _has_aio():
         found.append(
             f"strategy 'deepspeed' was asked for {option}='nvme', for which DeepSpeed compiles an "
             f"extension with libaio, whose header {_AIO} is not here; install it (apt install "
@@ -275,6 +302,15 @@ def _about_offload(option: str, device: str, block: Mapping[str, Any], stage: in
             "user may write"
         )
     return found
+
+
+def _has_aio() -> bool:
+    """Whether DeepSpeed's extension for a drive can be compiled, or came with DeepSpeed."""
+    if any(os.path.exists(os.path.join(each, _AIO)) for each in _include_folders()):
+        return True
+    package = importlib.util.find_spec("deepspeed")
+    folders = [] if package is None else package.submodule_search_locations or []
+    return any(any(Path(each, "ops", "aio").glob("async_io_op*.so")) for each in folders)
 
 
 def _include_folders() -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import wraps
+from itertools import count
 from typing import Any, Literal
 
 import torch
@@ -12,15 +13,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchweft.api import DistributedStrategy, Place, Prepared
+from torchweft.api.activations import checkpoint_activations
+from torchweft.api.choosing import Choice, check_choice, chosen_by
 from torchweft.api.initialising import SkipInit
 from torchweft.errors import IncompatiblePlan, InvalidRequest
 from torchweft_deepspeed import library
+from torchweft_deepspeed.activations import compute_alike
 from torchweft_deepspeed.configuration import check_known
 from torchweft_deepspeed.engine import Engine, only_optimizer
 from torchweft_deepspeed.engines import Engines
 from torchweft_deepspeed.folder import Layout
 from torchweft_deepspeed.precision import precision_of
-from torchweft_deepspeed.requests import merged, objections, stage_of
+from torchweft_deepspeed.requests import merged, objections, of_one_model, stage_of
 from torchweft_deepspeed.sending import send, send_buffers_before
 from torchweft_deepspeed.state import (
     load_module,
@@ -31,6 +35,9 @@ from torchweft_deepspeed.state import (
 )
 
 __all__ = ["DeepSpeedStrategy"]
+
+#: The option that chooses modules.
+_AGAIN = "activation_checkpointing"
 
 
 class DeepSpeedStrategy(DistributedStrategy):
@@ -47,7 +54,7 @@ class DeepSpeedStrategy(DistributedStrategy):
         offload_parameters: the same of parameters, at stage 3.
         nvme_path: the folder for what is offloaded to a drive.
         reduce_bucket_size: elements of gradients that are reduced together; by default no more
-            than the model has.
+            than the model has, at stage 3 than a quarter of what a process has of it.
         allgather_bucket_size: elements of parameters that are gathered together.
         allgather_partitions: gather parameters behind a step, in place of sending them one by one.
         overlap_comm: reduce gradients while others are computed.
@@ -64,6 +71,9 @@ class DeepSpeedStrategy(DistributedStrategy):
         zero_quantized_gradients: reduce gradients in 8 bits.
         zero_allow_untested_optimizer: take optimizers that DeepSpeed has no tests of; on.
         zero_force_ds_cpu_optimizer: with an offloaded optimizer, take DeepSpeed's own alone.
+        activation_checkpointing: which modules compute their forward pass again in the backward
+            pass, in place of keeping what they computed: names of classes joined by ``"+"``,
+            classes, or a function of a module. By torch's ``checkpoint``.
         partition_activations: for ``deepspeed.checkpointing.checkpoint`` in the model: divide what
             it keeps between processes that have one model together. There are none here, so that
             it is refused.
@@ -113,6 +123,7 @@ class DeepSpeedStrategy(DistributedStrategy):
         zero_quantized_gradients: bool | None = None,
         zero_allow_untested_optimizer: bool | None = None,
         zero_force_ds_cpu_optimizer: bool | None = None,
+        activation_checkpointing: Choice = None,
         partition_activations: bool | None = None,
         cpu_checkpointing: bool | None = None,
         contiguous_memory_optimization: bool | None = None,
@@ -124,12 +135,13 @@ class DeepSpeedStrategy(DistributedStrategy):
         timeout: float = 1800.0,
     ) -> None:
         given = dict(locals())
-        own = ("self", "__class__", "broadcast_buffers", "verbose", "timeout")
+        own = ("self", "__class__", _AGAIN, "broadcast_buffers", "verbose", "timeout")
         self._options = {name: value for name, value in given.items() if name not in own}
         # A file is read where the strategy starts; everything else can be said now.
         if not isinstance(config, str):
             for sentence in objections(self._options):
                 raise InvalidRequest(sentence)
+        self._checkpointed = check_choice("deepspeed", _AGAIN, activation_checkpointing)
         self._broadcast_buffers = broadcast_buffers
         self._verbose = verbose
         self.timeout = timeout
@@ -149,15 +161,22 @@ class DeepSpeedStrategy(DistributedStrategy):
         super().start(place)
         library.join(place.rank.local_rank, self._verbose)
         # Parts of what the class says are a matter of the stage.
-        self.splits_parameters = self.stage == 3  # type: ignore[misc]
+        self.splits_parameters = self.stage == 3
+        self.splits_optimizer = self.stage > 0 or bool(self._blocks)
         self._engines = Engines()
+        self._numbers = count()
+        compute_alike(place.device.type)
         if "activation_checkpointing" in self._config:
-            self._deepspeed.checkpointing.configure(mpu_=None, deepspeed_config=self._complete(0))
+            config = self._complete(self._config, 0)
+            self._deepspeed.checkpointing.configure(mpu_=None, deepspeed_config=config)
 
-    def _complete(self, size: int) -> dict[str, Any]:
+    def _complete(self, config: Mapping[str, Any], size: int) -> dict[str, Any]:
         from torchweft_deepspeed.configuration import complete
 
-        return complete(self._config, self._blocks, size)
+        return complete(config, self._blocks, size)
+
+    def _of_next_model(self) -> dict[str, Any]:
+        return of_one_model(self._config, next(self._numbers))
 
     # -- setup -------------------------------------------------------------------------------------
 
@@ -171,7 +190,8 @@ class DeepSpeedStrategy(DistributedStrategy):
         with ExitStack() as stack:
             stack.enter_context(self.tensor_context())
             zero = self._deepspeed.zero
-            stack.enter_context(zero.Init(config_dict_or_path=self._complete(2**62)))
+            config = self._complete(self._of_next_model(), 2**62)
+            stack.enter_context(zero.Init(config_dict_or_path=config))
             stack.enter_context(SkipInit() if empty else nullcontext())
             yield
 
@@ -186,13 +206,16 @@ class DeepSpeedStrategy(DistributedStrategy):
     def setup(self, module: nn.Module, optimizers: Sequence[Optimizer], scheduler: Any) -> Prepared:
         """An engine of DeepSpeed around the module; a scheduler stays the user's to step."""
         optimizer = only_optimizer(module, optimizers)
+        self._check_drive(optimizer)
+        for each in chosen_by(module, "deepspeed", _AGAIN, self._checkpointed):
+            checkpoint_activations(each)
         send(module.buffers())
         prepared = module
         if optimizer is None and self.stage < 3:
             # Nothing trains, and everybody has all of it.
             send(module.parameters())
         else:
-            engine = Engine(module, optimizer, self._config, self._blocks)
+            engine = Engine(module, optimizer, self._of_next_model(), self._blocks)
             self._precision.enter(module)
             prepared = engine
             self._engines.add(engine)
@@ -201,6 +224,16 @@ class DeepSpeedStrategy(DistributedStrategy):
         if self._broadcast_buffers:
             send_buffers_before(prepared, module)
         return Prepared(module=prepared, optimizers=list(optimizers), scheduler=scheduler)
+
+    def _check_drive(self, optimizer: Optimizer | None) -> None:
+        away = self._config["zero_optimization"].get("offload_optimizer", {}).get("device")
+        if away == "nvme" and isinstance(optimizer, torch.optim.Adagrad):
+            raise IncompatiblePlan(
+                "strategy 'deepspeed' was asked for offload_optimizer='nvme', and the state that "
+                f"{type(optimizer).__name__} starts with is made by DeepSpeed when the parameters "
+                "are on the drive already, so that it is empty; write offload_optimizer='cpu', or "
+                "use torch.optim.AdamW"
+            )
 
     def original(self, module: nn.Module) -> nn.Module:
         """The module inside the engine."""
