@@ -6,6 +6,9 @@ unexport PYTHONDONTWRITEBYTECODE
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
+
+# As tests/conftest.py has it.
+export TORCH_EXTENSIONS_DIR ?= $(abspath $(VENV))/extensions
 DEVICES ?= 2
 
 .PHONY: demo test test-gpu lint types fast env extensions clean
@@ -35,9 +38,10 @@ types: $(VENV)/.installed
 
 env: $(VENV)/.installed
 
-# DeepSpeed compiles its optimizer for the host at first use, into the user's cache folder: once, and
-# not while tests that wait for it are timed. Without a compiler they are skipped.
+# DeepSpeed compiles its optimizer for the host at first use: once for an environment, and not while
+# tests that wait for it are timed. Without a compiler they are skipped.
 extensions: $(VENV)/.installed
+	$(BIN)/python -m tests.deepspeed.locks
 	$(BIN)/python -m tests.deepspeed.extensions
 
 # torch comes first and pinned: whatever is installed after it must not pull another.

@@ -15,16 +15,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.deepspeed import ranks
+from tests.deepspeed.extensions import needs_drive
 from torchweft import Fabric
 from torchweft.errors import IncompatiblePlan, RankFailed
 from torchweft.testing import run_ranks
-from torchweft_deepspeed.requests import _has_aio, of_one_model
+from torchweft_deepspeed.requests import of_one_model
 
 STEPS = 4
-
-needs_aio = pytest.mark.skipif(
-    not _has_aio(), reason="needs libaio's header (apt install libaio-dev)"
-)
 
 
 def wide() -> nn.Module:
@@ -91,7 +89,7 @@ def _by_turns(told: list[float], models: int) -> list[float]:
     return [number for step in steps for _ in range(models) for number in step]
 
 
-@needs_aio
+@needs_drive
 @pytest.mark.timeout(500)
 def test_deepspeeds_optimizer_steps_from_a_drive(right: list[float], tmp_path: Path) -> None:
     drive = tmp_path / "new" / "drive"
@@ -101,7 +99,7 @@ def test_deepspeeds_optimizer_steps_from_a_drive(right: list[float], tmp_path: P
         assert folders == ["model0"]
 
 
-@needs_aio
+@needs_drive
 @pytest.mark.timeout(500)
 @pytest.mark.parametrize("divided", [False, True])
 def test_each_model_has_a_folder_of_the_drive(
@@ -122,7 +120,7 @@ def steps_with_adagrad(fabric: Any) -> None:
     fabric.setup(plain, torch.optim.Adagrad(plain.parameters()))
 
 
-@needs_aio
+@needs_drive
 def test_an_optimizer_that_has_state_from_the_start_is_refused(tmp_path: Path) -> None:
     words = (
         "strategy 'deepspeed' was asked for offload_optimizer='nvme', and the state that Adagrad "
@@ -165,6 +163,18 @@ def test_a_drive_is_named_where_a_run_is_planned(tmp_path: Path) -> None:
     # Once, though optimizer and parameters are to go there.
     assert str(refused.value).count(words) == 1
     assert _plan(strategy).count(words) == 1
+
+
+@needs_drive
+def test_a_drive_on_which_no_file_can_be_made() -> None:
+    """What permissions do not say; whoever may write anywhere is told in the ranks."""
+    words = (
+        "strategy 'deepspeed' was given nvme_path='/proc/drive', and (no file can be made there: "
+        ".*|'/proc' cannot be written); name a folder that this user may write"
+    )
+    with pytest.raises((RankFailed, IncompatiblePlan), match=words):
+        strategy = "deepspeed_stage_3_offload_nvme:nvme_path=/proc/drive"
+        run_ranks(1, ranks.set_up, strategy=strategy)
 
 
 def test_a_drive_that_is_not_named() -> None:
@@ -216,7 +226,7 @@ def locked() -> Iterator[Path]:
         yield Path(folder)
 
 
-@needs_aio
+@needs_drive
 def test_a_drive_that_this_user_may_not_write(locked: Path, tmp_path: Path) -> None:
     path = locked / "below"
     assert (

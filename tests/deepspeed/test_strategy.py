@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from tests.deepspeed import ranks
+from tests.deepspeed.extensions import needs_drive
 from torchweft.errors import Misuse, RankFailed
 from torchweft.testing import run_ranks
 from torchweft.testing.models import Samples, build, loss_of, optimizer_for
-from torchweft_deepspeed.requests import _include_folders
 
 SMALL = "stage3_param_persistence_threshold=0"
 STAGE_3 = f"deepspeed_stage_3:{SMALL}"
@@ -219,10 +219,7 @@ def test_an_optimizer_of_torch_steps_on_the_host_where_that_is_asked_for(stage: 
     assert told[0] == pytest.approx(_alone(), abs=1e-5)
 
 
-@pytest.mark.skipif(
-    not any(Path(each, "libaio.h").exists() for each in _include_folders()),
-    reason="needs libaio's header (apt install libaio-dev)",
-)
+@needs_drive
 @pytest.mark.timeout(400)
 def test_a_drive_holds_what_is_offloaded(tmp_path: Path) -> None:
     model, optimizer, x = ranks.wide()

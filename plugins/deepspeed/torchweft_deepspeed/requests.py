@@ -7,13 +7,22 @@ import json
 import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torchweft.errors import InvalidRequest, did_you_mean
 
-__all__ = ["OWNED", "merged", "objections", "of_one_model", "read_config", "stage_of"]
+__all__ = [
+    "OWNED",
+    "check_drive",
+    "merged",
+    "objections",
+    "of_one_model",
+    "read_config",
+    "stage_of",
+]
 
 DEFAULT_STAGE = 2
 
@@ -158,6 +167,28 @@ def read_config(config: Any) -> dict[str, Any]:
     return read
 
 
+def check_drive(config: Mapping[str, Any]) -> None:
+    """Raise ``InvalidRequest`` where a file cannot be made in a folder to offload to.
+
+    What permissions say beforehand is not all: file systems may be full, or read-only, or none.
+    """
+    for key in _OFFLOADS.values():
+        block = config["zero_optimization"].get(key, {})
+        if block.get("device") != "nvme":
+            continue
+        path = str(block["nvme_path"])
+        try:
+            os.makedirs(path, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path) as file:
+                file.write(b"x")
+                file.flush()
+        except OSError as error:
+            raise InvalidRequest(
+                f"strategy 'deepspeed' was given nvme_path='{path}', and no file can be made "
+                f"there: {error.strerror}; name a folder that this user may write"
+            ) from error
+
+
 def stage_of(config: Mapping[str, Any]) -> int:
     """The stage of a merged configuration."""
     return int(config["zero_optimization"]["stage"])
@@ -284,12 +315,6 @@ def _about_offload(option: str, device: str, block: Mapping[str, Any], stage: in
             f"strategy 'deepspeed' was asked for offload_optimizer='nvme' at stage {stage}; "
             "write stage=3 with it, or offload_optimizer='cpu'"
         )
-    if not _has_aio():
-        found.append(
-            f"strategy 'deepspeed' was asked for {option}='nvme', for which DeepSpeed compiles an "
-            f"extension with libaio, whose header {_AIO} is not here; install it (apt install "
-            "libaio-dev), or write 'cpu' in place of 'nvme'"
-        )
     path = block.get("nvme_path")
     if path is None:
         found.append(
@@ -300,6 +325,12 @@ def _about_offload(option: str, device: str, block: Mapping[str, Any], stage: in
         found.append(
             f"strategy 'deepspeed' was given nvme_path='{path}', {why}; name a folder that this "
             "user may write"
+        )
+    if not _has_aio():
+        found.append(
+            f"strategy 'deepspeed' was asked for {option}='nvme', for which DeepSpeed compiles an "
+            f"extension with libaio, whose header {_AIO} is not here; install it (apt install "
+            "libaio-dev), or write 'cpu' in place of 'nvme'"
         )
     return found
 

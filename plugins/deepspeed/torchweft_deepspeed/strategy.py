@@ -24,7 +24,7 @@ from torchweft_deepspeed.engine import Engine, only_optimizer
 from torchweft_deepspeed.engines import Engines
 from torchweft_deepspeed.folder import Layout
 from torchweft_deepspeed.precision import precision_of
-from torchweft_deepspeed.requests import merged, objections, of_one_model, stage_of
+from torchweft_deepspeed.requests import check_drive, merged, objections, of_one_model, stage_of
 from torchweft_deepspeed.sending import send, send_buffers_before
 from torchweft_deepspeed.state import (
     load_module,
@@ -154,6 +154,7 @@ class DeepSpeedStrategy(DistributedStrategy):
             raise InvalidRequest(sentence)
         self._config = merged(self._options)
         self.stage = stage_of(self._config)
+        check_drive(self._config)
         self._deepspeed = library.load(place.device.type)
         check_known(self._config)
         self._precision = precision_of(place)
