@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from torch.utils import file_baton
+
 from tests.deepspeed.locks import remove_left
 
-#: As torch does it where it compiles an extension.
+#: As torch does it where it compiles an extension, without importing all of it.
 HOLD = (
-    "import sys; from torch.utils.file_baton import FileBaton; "
-    "print(FileBaton(sys.argv[1]).try_acquire(), flush=True); sys.stdin.read()"
+    f"import runpy, sys; made = runpy.run_path({file_baton.__file__!r})['FileBaton']; "
+    "print(made(sys.argv[1]).try_acquire(), flush=True); sys.stdin.read()"
 )
 
 

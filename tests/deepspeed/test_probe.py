@@ -6,16 +6,16 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from torchweft import Fabric
-from torchweft.errors import NotAvailable
 from torchweft_deepspeed.probe import deepspeed
 
 
@@ -32,6 +32,9 @@ def _without(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     monkeypatch.setattr(shutil, "which", there)
 
 
+@pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "c++")) is None, reason="needs a C++ compiler"
+)
 def test_it_is_available_here() -> None:
     assert deepspeed().ok
 
@@ -66,11 +69,12 @@ def test_the_compiler_that_was_named_is_missing(monkeypatch: pytest.MonkeyPatch)
     assert deepspeed().reason.endswith("and the compiler CXX='no-such-compiler' is not here")
 
 
+WITHOUT = "DeepSpeed compiles its extensions when they are first used, and "
 NO_COMPILER = (
-    "DeepSpeed compiles its extensions when they are first used, and a C++ compiler (c++) is not "
-    "here"
+    f"{WITHOUT}a C++ compiler (c++) is not here",
+    "install one (apt install g++), or name it in the environment variable CXX",
 )
-INSTALL = "install one (apt install g++), or name it in the environment variable CXX"
+NO_NINJA = (f"{WITHOUT}ninja is not here", "pip install ninja")
 
 
 @pytest.fixture
@@ -81,28 +85,89 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_doctor_says_it_beforehand(bare: Path) -> None:
-    command = [sys.executable, "-m", "torchweft", "doctor", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(params=[NO_COMPILER, NO_NINJA], ids=["no compiler", "no ninja"])
+def without(
+    request: pytest.FixtureRequest, bare: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[str, str, Command]:
+    """What is told, what to do, and Python where one of the two is really not there.
+
+    A second environment without ninja would take minutes to install; this one's packages are
+    linked to, but for one.
+    """
+    reason, hint = request.param
+    options = []
+    if hint == NO_NINJA[1]:
+        options = ["-S"]
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(_all_but("ninja", bare / "packages")))
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, *options, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+
+    return reason, hint, run
+
+
+def _all_but(name: str, folder: Path) -> list[str]:
+    """Folders from which all that is installed can be imported, but for one package."""
+    folder.mkdir()
+    paths = []
+    for each in map(Path, sys.path):
+        if each.name != "site-packages":
+            paths.append(str(each))
+            continue
+        for package in each.iterdir():
+            if re.split(r"\W", package.name)[0] != name:
+                (folder / package.name).symlink_to(package)
+    return [str(folder), *paths]
+
+
+def test_a_list_of_plugins_says_it(without: tuple[str, str, Command]) -> None:
+    reason, hint, run = without
+    done = run("-m", "torchweft", "plugins", "--json")
+    (row,) = [
+        row
+        for row in json.loads(done.stdout)["rows"]
+        if (row["kind"], row["name"]) == ("strategy", "deepspeed")
+    ]
+    assert (row["available"], row["reason"], row["hint"]) == (False, reason, hint)
+
+
+def test_a_plan_is_refused(without: tuple[str, str, Command]) -> None:
+    reason, hint, run = without
+    for name in ("deepspeed", "deepspeed_stage_3_offload"):
+        done = run(
+            "-m", "torchweft", "plan", "--accelerator=cpu", "--devices=2", "--strategy", name
+        )
+        assert (done.returncode, done.stdout) == (1, "")
+        assert f"{reason}; {hint}; what can be used: " in done.stderr
+
+
+def test_doctor_says_it_beforehand(without: tuple[str, str, Command]) -> None:
+    reason, hint, run = without
+    done = run("-m", "torchweft", "doctor", "--json")
     found = [f for f in json.loads(done.stdout)["findings"] if "'deepspeed'" in f["message"]]
     version = importlib.metadata.version("torchweft-deepspeed")
     assert found == [
         {
             "broken": False,
             "message": f"strategy 'deepspeed' (torchweft-deepspeed {version}) cannot be used "
-            f"here: {NO_COMPILER}",
-            "hint": INSTALL,
+            f"here: {reason}",
+            "hint": hint,
         }
     ]
     assert done.returncode == 0
 
 
-def test_it_is_refused_before_anything_starts(bare: Path) -> None:
-    with pytest.raises(NotAvailable) as error:
-        Fabric(accelerator="cpu", devices=2, strategy="deepspeed_stage_2")
-    assert f"{NO_COMPILER}; {INSTALL}" in str(error.value)
-    with pytest.raises(NotAvailable, match=r"c\+\+\) is not here"):
-        Fabric(accelerator="cpu", devices=2, strategy="deepspeed", precision="bf16-mixed")
+def test_it_is_refused_before_anything_starts(without: tuple[str, str, Command]) -> None:
+    reason, hint, run = without
+    for more in ("strategy='deepspeed_stage_2'", "strategy='deepspeed', precision='bf16-mixed'"):
+        code = f"from torchweft import Fabric; Fabric(accelerator='cpu', devices=2, {more})"
+        done = run("-c", code)
+        (told,) = [line for line in done.stderr.splitlines() if "NotAvailable: " in line]
+        assert f"{reason}; {hint}; what can be used: " in told
 
 
 def test_an_environment_need_not_be_activated(tmp_path: Path) -> None:

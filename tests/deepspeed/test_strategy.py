@@ -11,7 +11,7 @@ import torch
 
 from tests.deepspeed import ranks
 from tests.deepspeed.extensions import needs_drive
-from torchweft.errors import Misuse, RankFailed
+from torchweft.errors import RankFailed
 from torchweft.testing import run_ranks
 from torchweft.testing.models import Samples, build, loss_of, optimizer_for
 
@@ -282,25 +282,3 @@ def test_the_state_of_a_divided_model_names_fabric_save() -> None:
 
 def _state_dict(fabric: object) -> None:
     ranks.set_up(fabric)[0].state_dict()
-
-
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_the_state_of_an_optimizer_names_fabric_save(precision: str) -> None:
-    words = "'deepspeed' the state of this AdamW is divided between the processes; call fabric."
-    for stage, strategy in enumerate(STAGES):
-        told = run_ranks(2, _optimizer_state, strategy=strategy, precision=precision)[0]
-        whole = stage == 0 and precision == "32-true"
-        assert [words in each for each in told] == [not whole] * 2
-        assert whole or "save(path, {'model': model, 'optimizer': optimizer})" in told[0]
-
-
-def _optimizer_state(fabric: Any) -> list[str]:
-    optimizer = ranks.set_up(fabric)[1]
-    said, state = [], optimizer.optimizer.state_dict()
-    for call in (optimizer.state_dict, lambda: optimizer.load_state_dict(state)):
-        try:
-            call()
-            said.append("")
-        except Misuse as error:
-            said.append(str(error))
-    return said

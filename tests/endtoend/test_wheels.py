@@ -24,6 +24,7 @@ from tests.endtoend.packaging import (
 )
 from torchweft_cuda import hooks as cuda_hooks
 from torchweft_deepspeed import hooks as deepspeed_hooks
+from torchweft_deepspeed.probe import deepspeed as deepspeed_probe
 
 #: Package folder in the tree, by import name.
 PACKAGES = {
@@ -347,6 +348,7 @@ def test_ddp_by_name_on_two_processes(run, both, tmp_path, way):
     assert distance(path, trained_alone()) < 1e-10
 
 
+@pytest.mark.skipif(not deepspeed_probe().ok, reason="needs a C++ compiler and ninja")
 @pytest.mark.parametrize("way", ["python", "torchweft run"])
 def test_zero_by_name_on_two_processes(run, zero, tmp_path, way):
     path, strategy = tmp_path / "model.ckpt", "deepspeed_stage_2"
