@@ -47,31 +47,6 @@ def train_long(fabric: Any) -> list[float]:
     return losses
 
 
-def train_offloaded(fabric: Any, path: Path | None = None) -> list[float]:
-    """The same with DeepSpeed's optimizer for the host, saved and loaded on the way."""
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-    losses: list[float] = []
-    for part in range(2):
-        plain = build("plain", 3 + part)
-        made = DeepSpeedCPUAdam(plain.parameters(), lr=0.01, eps=1e-4, weight_decay=0.1)
-        model, optimizer = fabric.setup(plain, made)
-        if part and path is not None:
-            fabric.load(path, {"model": model, "optimizer": optimizer})
-        x, y = data_of(fabric)
-        for _ in range(3):
-            loss = loss_of(model(x), y)
-            fabric.backward(loss)
-            fabric.clip_gradients(model, optimizer, max_norm=0.3)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(float(fabric.all_reduce(loss.detach().clone())))
-        if path is None:
-            return losses
-        fabric.save(path, {"model": model, "optimizer": optimizer})
-    return losses
-
-
 def twice(fabric: Any) -> float:
     """Two losses, each with a backward pass of its own, in one step."""
     model, optimizer = set_up(fabric, "momentum")

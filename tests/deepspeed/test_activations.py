@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -145,8 +146,14 @@ def trains_made_divided(fabric: Any) -> tuple[list[float], int]:
 STRATEGIES = [f"deepspeed:stage={n},stage3_param_persistence_threshold=0" for n in range(4)]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+#: A precision with each stage; ``TORCHWEFT_SOAK=1``: all of them.
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+TOGETHER = list(zip(STRATEGIES, ("32-true", "bf16-mixed", "bf16-true", "bf16-mixed"), strict=True))
+if os.environ.get("TORCHWEFT_SOAK") == "1":
+    TOGETHER = [(strategy, precision) for strategy in STRATEGIES for precision in PRECISIONS]
+
+
+@pytest.mark.parametrize(("strategy", "precision"), TOGETHER)
 def test_what_is_computed_again_is_the_same_and_takes_less_memory(
     strategy: str, precision: str
 ) -> None:

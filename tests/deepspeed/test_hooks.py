@@ -12,7 +12,8 @@ import pytest
 from torchweft import Fabric
 from torchweft.errors import IncompatiblePlan
 from torchweft.specs import is_target, load_target
-from torchweft.testing import PluginConformance
+from torchweft.testing import PluginConformance, PrecisionConformance
+from torchweft.testing.declared import find
 from torchweft_deepspeed import hooks
 
 
@@ -96,3 +97,18 @@ def test_importing_the_strategy_does_not_import_deepspeed() -> None:
         "assert 'deepspeed' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "package"),
+    [
+        ("auto", "torchweft.builtin"),
+        ("ddp", "torchweft.builtin"),
+        ("deepspeed", "torchweft_deepspeed"),
+        ("deepspeed_stage_3", "torchweft_deepspeed"),
+        ("deepspeed:stage=0", "torchweft_deepspeed"),
+    ],
+)
+def test_the_kit_means_the_precision_of_its_strategy(strategy: str, package: str) -> None:
+    cls = type("TestIt", (PrecisionConformance,), {"precision": "16-true", "strategy": strategy})
+    assert find(cls, "precision", "cpu").spec.target.startswith(package)

@@ -54,9 +54,9 @@ def test_a_state_that_deepspeed_holds(
         # It would have been an empty one.
         assert parameters == 0
         words = (
-            "optimizer.{} was called, and with strategy 'deepspeed' the state of this AdamW is "
-            "divided between the processes; call fabric.{}(path, {{'model': model, 'optimizer': "
-            "optimizer}}) in every process"
+            "optimizer.{} was called, and with strategy 'deepspeed' this AdamW does not hold its "
+            "whole state; call fabric.{}(path, {{'model': model, 'optimizer': optimizer}}) in "
+            "every process"
         )
         assert said == [
             words.format("state_dict()", "save"),

@@ -183,25 +183,6 @@ def test_a_model_that_is_made_at_stage_3_is_nowhere_whole() -> None:
 # -- offloading ------------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_what_is_offloaded_goes_on_from_its_checkpoint(stage: int, tmp_path: Path) -> None:
-    strategy = f"deepspeed_stage_{stage}_offload"
-    told = run_ranks(2, ranks.train_offloaded, tmp_path / "x.ckpt", strategy=strategy, timeout=200)[
-        0
-    ]
-    model = build("plain", 3)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-4, weight_decay=0.1)
-    data = Samples(16)
-    for step in range(6):
-        loss = loss_of(model(data.x), data.y)
-        assert told[step] == pytest.approx(loss.item(), abs=1e-5)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3)
-        optimizer.step()
-        optimizer.zero_grad()
-
-
 def test_an_optimizer_that_deepspeed_would_refuse_is_told_what_to_write() -> None:
     words = (
         "strategy 'deepspeed' offloads the optimizer, and AdamW would step slowly on the host; "

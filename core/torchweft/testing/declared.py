@@ -73,7 +73,7 @@ def find(cls: type, kind: str, device: str = "") -> Subject:
 
     Fails the test where it names nothing that is known, and skips it where it cannot be used
     here, with the probe's reason and hint. ``device``: torch's word for the devices that it is
-    wanted for, where specs share a name.
+    wanted for, where specs share a name, of which the class's ``strategy`` chooses further.
     """
     check_attributes(cls)
     asked = getattr(cls, kind, "")
@@ -94,6 +94,9 @@ def find(cls: type, kind: str, device: str = "") -> Subject:
         pytest.fail(f"{cls.__name__}: {unknown}", pytrace=False)
     # Where none serves the device, the plan says so in better words.
     fitting = [entry for entry in entries if _serves(entry, device)] or entries
+    if kind != "strategy":
+        names = _strategies(catalog, getattr(cls, "strategy", "auto"))
+        fitting = [entry for entry in fitting if _goes_with(entry, names)] or fitting
     answers = [(entry, probe(entry)) for entry in fitting]
     usable = [(entry, answer) for entry, answer in answers if answer.ok]
     if not usable:
@@ -108,5 +111,19 @@ def _serves(entry: Entry, device: str) -> bool:
     return not device or not entry.spec.devices or device in entry.spec.devices
 
 
-def _breadth(entry: Entry) -> float:
-    return len(entry.spec.devices) or float("inf")
+def _strategies(catalog: Catalog, asked: Any) -> set[str]:
+    """The names of the strategies that a class may mean; none where it leaves that open."""
+    if not isinstance(asked, str) or asked == "auto":
+        return set()
+    name, _ = parse_name("strategy", asked)
+    return {entry.spec.name for entry in catalog.named("strategy", name or "")}
+
+
+def _goes_with(entry: Entry, names: set[str]) -> bool:
+    served = set(getattr(entry.spec, "strategies", ()))
+    return not served or bool(served & names)
+
+
+def _breadth(entry: Entry) -> tuple[float, float]:
+    served = getattr(entry.spec, "strategies", ())
+    return len(served) or float("inf"), len(entry.spec.devices) or float("inf")

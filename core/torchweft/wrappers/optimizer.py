@@ -64,8 +64,8 @@ class FabricOptimizer:
         if strategy.splits_optimizer:
             name = strategy.place.plan.strategy.name
             raise Misuse(
-                f"optimizer.{call} was called, and with strategy '{name}' the state of this "
-                f"{type(self.optimizer).__name__} is divided between the processes; call "
+                f"optimizer.{call} was called, and with strategy '{name}' this "
+                f"{type(self.optimizer).__name__} does not hold its whole state; call "
                 f"fabric.{instead}(path, {{'model': model, 'optimizer': optimizer}}) in every "
                 "process"
             )
