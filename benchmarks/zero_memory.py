@@ -127,9 +127,11 @@ def differences(
     found["copy"]["optimizer"] = (stepped - state) * share
     if kind.stage == 3:
         part = sum(-(-size // ranks) for size in sizes)
-        whole = sum(size for size in sizes if size <= kind.small)
-        found["small"]["parameters"] = parameter * whole
-        found["filling"]["parameters"] = parameter * (part - share)
+        small = [size for size in sizes if size <= kind.small]
+        found["small"]["parameters"] = parameter * sum(small)
+        # Whole, they are put together of parts that are filled up.
+        put_together = sum(ranks * -(-size // ranks) - size for size in small)
+        found["filling"]["parameters"] = parameter * (part - share + put_together)
         kept = gradient
         if kind.offload:
             found["host"]["gradients"] = 4 * share

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from pathlib import Path
 
 import pytest
 from tests.core.fresh_python import python
@@ -67,3 +68,21 @@ assert gc.isenabled() and "json.tool" in sys.modules and "torchweft.fabric" in s
 print(gc.get_freeze_count() > 100_000)
 """
     assert python(code).stdout.split() == ["True"]
+
+
+def test_an_import_of_a_fork_server_warns_nobody(tmp_path: Path) -> None:
+    """Nobody asked for it yet; errors of it would end the server."""
+    (tmp_path / "warner.py").write_text("import warnings; warnings.warn('old')\n")
+    code = f"""
+import importlib, sys, warnings
+sys.path.insert(0, {str(tmp_path)!r})
+warnings.simplefilter("error")
+for name in {served(["warner"])!r}:
+    importlib.import_module(name)
+assert "warner" in sys.modules
+try:
+    warnings.warn("mine")
+except UserWarning:
+    print("as before")
+"""
+    assert python(code).stdout.split() == ["as", "before"]

@@ -19,7 +19,7 @@ from torchweft.process.begin import (
     open_stdin,
     share_threads,
 )
-from torchweft.process.collector import collector_off, served
+from torchweft.process.collector import collector_off, served, unwarned
 from torchweft.process.end import end, exit_status, own_the_end, stay_until_the_end, wind_down
 from torchweft.process.failure import (
     done_file,
@@ -85,6 +85,7 @@ __all__ = [
     "served",
     "share_threads",
     "stay_until_the_end",
+    "unwarned",
     "wind_down",
     "write_error",
 ]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import warnings
 from collections.abc import Iterable, Iterator
 
-__all__ = ["collector_off", "served"]
+__all__ = ["collector_off", "served", "unwarned"]
 
 
 @contextlib.contextmanager
@@ -27,6 +28,23 @@ def collector_off() -> Iterator[None]:
         gc.freeze()
         gc.unfreeze()
         gc.enable()
+
+
+@contextlib.contextmanager
+def unwarned() -> Iterator[None]:
+    """Warn of nothing meanwhile; filters that what is imported adds stay.
+
+    Nobody asked yet for what is imported ahead, and where warnings are errors, one of a library
+    that a rank may never use would end the process.
+    """
+    silent = ("ignore", None, Warning, None, 0)
+    asked = silent in warnings.filters
+    warnings.simplefilter("ignore")
+    try:
+        yield
+    finally:
+        if not asked:
+            warnings.filters.remove(silent)  # type: ignore[attr-defined]
 
 
 def served(modules: Iterable[str]) -> list[str]:

@@ -125,7 +125,7 @@ def under_pytest() -> bool:
 
 def preload(modules: Iterable[str]) -> None:
     """Import once, before forking, what every rank would import by itself."""
-    with process.collector_off():
+    with process.collector_off(), process.unwarned():
         for name in modules:
             with contextlib.suppress(ImportError):  # whoever needs it will say so better
                 importlib.import_module(name)
