@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
 from torchweft.testing import StrategyConformance
 
 DEVICES = (1, 2) if os.environ.get("TORCHWEFT_SOAK") == "1" else (2,)
@@ -58,3 +60,19 @@ class TestStage3InBFloat16(StrategyConformance):
     precision = "bf16-mixed"
     tolerance = 0.03
     devices = (2,)
+
+
+@pytest.mark.gpu
+class TestStage2OnAGPU(StrategyConformance):
+    strategy = "deepspeed_stage_2"
+    accelerator = "cuda"
+    devices = (1,)
+    tolerance = 1e-4
+
+
+@pytest.mark.gpu
+class TestStage3OnAGPU(StrategyConformance):
+    strategy = "deepspeed_stage_3:stage3_param_persistence_threshold=0"
+    accelerator = "cuda"
+    devices = (1,)
+    tolerance = 1e-4

@@ -41,14 +41,9 @@ def torchweft_strategies() -> list[StrategySpec]:
                 Preset(alias=f"deepspeed_stage_{name}", options=options)
                 for name, options in presets.items()
             ),
-            # What DeepSpeed imports, at the latest for its first engine; itself it looks for a
-            # device when it is imported.
-            preload=(
-                "torch._dynamo",
-                "torch._inductor.compile_fx",
-                "torch.utils.cpp_extension",
-                "pydantic",
-            ),
+            # What DeepSpeed imports. Itself it looks for a device when it is imported, as
+            # torch.utils.cpp_extension and torch._inductor.compile_fx do, which it needs too.
+            preload=("torch._dynamo", "pydantic"),
             # Number formats are a part of DeepSpeed's own configuration.
             exclusive=("precision",),
         )
