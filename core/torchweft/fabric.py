@@ -685,9 +685,12 @@ class Fabric:
         Called on the class it is ``torchweft.seed_everything``.
         """
         chosen = seed_everything(seed, workers, verbose)
+        drawn_from = chosen
         if per_rank:
             shard = self._run("seed_everything(per_rank=True)").strategy.shard
-            seed_everything(seed_of_rank(chosen, shard.first))
+            drawn_from = seed_everything(seed_of_rank(chosen, shard.first))
+        if self._live is not None:
+            self._parts.accelerator.seed(drawn_from)
         self._seed = chosen
         return chosen
 

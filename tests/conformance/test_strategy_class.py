@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from tests.conformance.mutants import Right
+from torchweft import Fabric
 from torchweft.api import Strategy
 from torchweft.errors import RankFailed
 from torchweft.testing import StrategyConformance, run_ranks
@@ -96,3 +98,13 @@ def test_ranks_that_hang_are_waited_for_twice_and_not_in_every_test(kit):
     for words in ("after 1 s 2 of 2 ranks were not done", "not tried: ranks hung before"):
         with pytest.raises(BaseException, match=words):
             mine.check(2, case)
+
+
+def report(fabric: Fabric) -> tuple[str, str]:
+    return os.environ["HOW_MANY"], os.environ["OTHER"]
+
+
+def test_a_variable_may_name_the_number_of_devices(kit: Callable[..., StrategyKit]) -> None:
+    mine = kit(strategy="ddp", environ={"HOW_MANY": "{devices}", "OTHER": '{"a": 1}'})
+    assert mine.run(2, report) == [("2", '{"a": 1}')] * 2
+    assert "HOW_MANY" not in os.environ

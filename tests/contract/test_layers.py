@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,8 @@ def lint(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code],
         cwd=folder,
+        # It is installed in an environment of its own alone.
+        env={**os.environ, "PYTHONPATH": str(folder / "plugins" / "xla")},
         capture_output=True,
         text=True,
         timeout=100,
@@ -38,6 +41,7 @@ def copied(tmp_path: Path) -> Path:
         "core/torchweft",
         "plugins/cuda/torchweft_cuda",
         "plugins/deepspeed/torchweft_deepspeed",
+        "plugins/xla/torchweft_xla",
     ):
         shutil.copytree(
             ROOT / package,
@@ -73,6 +77,11 @@ def test_the_contracts_are_kept() -> None:
         (
             "torchweft_deepspeed/requests.py",
             "import torch",
+            "Nothing that decides what to run imports torch",
+        ),
+        (
+            "torchweft_xla/probe.py",
+            "import torch_xla",
             "Nothing that decides what to run imports torch",
         ),
         (

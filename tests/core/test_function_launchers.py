@@ -153,6 +153,8 @@ if __name__ == "__main__":
     every_launcher(launcher, folder)  # starts the OpenMP pool, and nothing is forked after it
     # The first is there until this process ends, the second is torch's.
     known = ("pymp", "torchinductor")
+    if [int(part) for part in torch.__version__.split(".")[:2]] < [2, 10]:
+        known += ("tmp",)  # of torch's too
     left = [name for name in os.listdir(sys.argv[3]) if not name.startswith(known)]
     print(left)
 """
@@ -174,9 +176,18 @@ def test_launches_in_a_row(launcher: str, tmp_path: Path) -> None:
         )
     assert done.returncode == 0, done.stderr
     expected = [*(["nobody left"] if launcher == "fork" else []), "done", "[]"]
-    assert done.stdout.splitlines() == expected
+    assert without_gloo(done.stdout) == expected
     # torchweft says nothing of what ends well, and nothing of what it raises.
     assert done.stderr == ""
+
+
+def without_gloo(printed: str) -> list[str]:
+    """The lines that are not gloo's: that of some versions tells of every rank, on stdout.
+
+    Ranks that write at once get into each other's lines, of which digits may be left.
+    """
+    lines = printed.splitlines()
+    return [each for each in lines if "peer ranks" not in each and each.strip("0123456789 ")]
 
 
 NOTEBOOK = """
@@ -211,7 +222,8 @@ def test_an_interactive_session_with_threads() -> None:
         check=False,
     )
     assert done.returncode == 0
-    assert done.stdout.splitlines() == ["(0, 2)", "'after an error: [1, 1]'", "(0, 2)"], done.stderr
+    expected = ["(0, 2)", "'after an error: [1, 1]'", "(0, 2)"]
+    assert without_gloo(done.stdout) == expected, done.stderr
     # After work that nothing can be forked after, what was typed here cannot be handed over.
     assert (
         "torchweft.errors.Misuse: fresh processes cannot be given 'train', which was defined in a "

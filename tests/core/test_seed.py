@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from torchweft import Fabric, seed_everything
+from torchweft.builtin.cpu import CPU
 from torchweft.errors import InvalidRequest, Misuse
 from torchweft.seed import Streams, seed_of_rank
 
@@ -109,3 +110,25 @@ def test_streams_by_rank_need_ranks() -> None:
     fabric = Fabric(accelerator="cpu", strategy="ddp", devices=2)
     with pytest.raises(Misuse, match=r"seed_everything\(per_rank=True\) came before fabric.launch"):
         fabric.seed_everything(5, per_rank=True)
+
+
+class Seeded(CPU):
+    """Says with what its generator begins."""
+
+    def __init__(self) -> None:
+        self.heard: list[int] = []
+
+    def seed(self, seed: int) -> None:
+        self.heard.append(seed)
+
+
+def test_the_device_s_generator_is_told_once_there_is_one() -> None:
+    accelerator = Seeded()
+    fabric = Fabric(accelerator=accelerator, devices=1)
+    fabric.seed_everything(3)
+    # bind() takes what was seeded before from torch.
+    assert accelerator.heard == []
+    fabric.launch()
+    fabric.seed_everything(4)
+    fabric.seed_everything(5, per_rank=True)
+    assert accelerator.heard == [4, seed_of_rank(5, 0)]

@@ -52,11 +52,18 @@ class Accelerator(ABC):
         """Why a fork of this process would have a broken device, or None when it is safe."""
         return None
 
+    def seed(self, seed: int) -> None:  # noqa: B027
+        """Begin the device's random stream anew, where ``torch.manual_seed`` does not reach it.
+
+        ``seed``: 0 to 2**32 - 1. Called in every process after ``bind``; what was seeded before
+        is for ``bind`` to take from ``torch.initial_seed()``.
+        """
+
     def rng_state(self) -> Any:
         """State of the device's random generator, as ``set_rng_state`` takes it; None: no own."""
         return None
 
-    # Both need overriding only where there is something to do.
+    # These need overriding only where there is something to do.
     def set_rng_state(self, state: Any) -> None:  # noqa: B027
         """Restore what ``rng_state`` returned."""
 

@@ -40,7 +40,7 @@ class MappedFile(Source):
 
     def settle(self, optimizer: Optimizer, saved: Any) -> None:
         """Copy what is in the file still, which is what had the right dtype and device."""
-        mapped = {_memory(tensor) for tensor in _tensors(saved)}
+        mapped = {_memory(tensor) for tensor in _tensors(saved)} - {None}
 
         def settled(value: Any, _: Any = None) -> Any:
             if isinstance(value, Tensor):
@@ -53,8 +53,10 @@ class MappedFile(Source):
                 optimizer.state[parameter] = own
 
 
-def _memory(tensor: Tensor) -> int:
-    return local(tensor).untyped_storage().data_ptr()
+def _memory(tensor: Tensor) -> int | None:
+    """Where it lies in the host's memory; None where it does not, and so in no file's."""
+    mine = local(tensor)
+    return mine.untyped_storage().data_ptr() if mine.device.type == "cpu" else None
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -242,7 +242,8 @@ def _ties(tensors: Mapping[str, Tensor]) -> dict[str, str]:
         held = local(value)
         if not held.numel():
             continue
-        where = (held.data_ptr(), held.device, held.dtype, held.shape, held.stride())
+        # A device may not say where it keeps a tensor.
+        where = (held.data_ptr() or id(held), held.device, held.dtype, held.shape, held.stride())
         if first.setdefault(where, entry) != entry:
             ties[entry] = first[where]
     return ties

@@ -30,7 +30,7 @@ from torchweft.fabric import Fabric
 from torchweft.manager import Manager
 from torchweft.testing.stacks import main_frames, standing
 
-__all__ = ["RanksTimeout", "run_ranks"]
+__all__ = ["RanksTimeout", "environment", "run_ranks"]
 
 #: Seconds that a rank may need to write its stacks.
 _PATIENCE = 10.0
@@ -76,7 +76,7 @@ def run_ranks(
             f"run_ranks() was given {function!r}, which ranks cannot import; define it with def "
             "at the top level of a module"
         )
-    with _folder() as folder, _environment(environ or {}):
+    with _folder() as folder, environment(environ or {}):
         launcher = _Watched(timeout=timeout, folder=folder, modules=_modules(function))
         made = Fabric(accelerator=accelerator, devices=n, launcher=launcher, **fabric)
         made.launch(_report, function, args, folder, timeout)
@@ -105,8 +105,8 @@ def _folder() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _environment(extra: Mapping[str, str]) -> Iterator[None]:
-    """The plan reads this process's environment, and ranks inherit it."""
+def environment(extra: Mapping[str, str]) -> Iterator[None]:
+    """Set variables meanwhile: the plan reads this process's environment, and ranks inherit it."""
     before = {name: os.environ.get(name) for name in extra}
     os.environ.update(extra)
     try:

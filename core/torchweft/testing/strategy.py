@@ -23,7 +23,7 @@ from torchweft.testing import exchanging, failing, resuming
 from torchweft.testing.declared import check_attributes, find
 from torchweft.testing.exchanging import DTYPES, OPS, Exchanged
 from torchweft.testing.models import Samples, build
-from torchweft.testing.ranks import RanksTimeout, run_ranks
+from torchweft.testing.ranks import RanksTimeout, environment, run_ranks
 from torchweft.testing.training import Case, Trained, alone, train_all
 from torchweft.testing.two_models import plain_two, trains_two
 
@@ -93,8 +93,14 @@ class StrategyKit:
             pytest.fail(f"{self.cls.__name__} names no strategy; write strategy = 'NAME' in it")
         if devices not in self._plans:
             self._check_devices(devices)
-            self._plans[devices] = Fabric(devices=devices, **self._arguments())
+            with environment(self._environ(devices)):
+                self._plans[devices] = Fabric(devices=devices, **self._arguments())
         return self._plans[devices]
+
+    def _environ(self, devices: int) -> dict[str, str]:
+        """The variables that the class names, for a run on so many devices."""
+        named = self.cls.environ.items()
+        return {name: value.replace("{devices}", str(devices)) for name, value in named}
 
     def _arguments(self) -> dict[str, Any]:
         cls = self.cls
@@ -113,7 +119,8 @@ class StrategyKit:
 
     def _check_devices(self, devices: int) -> None:
         """Skip where this machine has no such device, or fewer; never for the strategy's sake."""
-        here = find(self.cls, "accelerator")
+        with environment(self._environ(devices)):
+            here = find(self.cls, "accelerator")
         if here.count is not None and here.count < devices:
             pytest.skip(f"{here.title}: {devices} devices are needed, and there are {here.count}")
 
@@ -156,8 +163,9 @@ class StrategyKit:
             self._check_devices(devices)
         else:
             self.fabric(devices)
-        arguments = {**self._arguments(), "timeout": self.cls.timeout, "environ": self.cls.environ}
+        arguments = self._arguments()
         del arguments["launcher"]
+        arguments.update(timeout=self.cls.timeout, environ=self._environ(devices))
         return run_ranks(devices, function, *args, **{**arguments, **instead})
 
     def once(self, devices: int, function: Any, *args: Any) -> list[Any]:
@@ -347,7 +355,8 @@ class StrategyConformance:
         tolerance: how far losses, norms and parameters may be from those of one process that
             computes in float64; relative for numbers above 1.
         timeout: seconds for each run of ranks.
-        environ: variables for the ranks.
+        environ: variables for the plan and the ranks; in a value ``{devices}`` stands for how
+            many are tried.
     """
 
     strategy: ClassVar[str | Strategy] = ""

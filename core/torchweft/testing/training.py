@@ -30,7 +30,8 @@ class Case:
         samples, batch, epochs: of the data; a batch is per replica.
         unsynced: micro-batches are told by ``no_backward_sync`` rather than ``accumulate``.
         apart: model and optimizer are set up in separate calls.
-        empty: the model is made under ``init_module()``.
+        empty: the model is made under ``init_module()``; where a device draws other numbers than
+            the host, it is filled by a checkpoint.
         groups: the optimizer has two parameter groups.
         scheduled: a scheduler halves the learning rate on the way.
         differing: every rank starts from parameters of its own; those of rank 0 count.
@@ -132,6 +133,8 @@ def train(fabric: Fabric, case: Case, path: Path) -> Trained:
         model, optimizer, scheduler = fabric.setup(plain, optimizer, scheduler=scheduler)
     else:
         model, optimizer = fabric.setup(plain, optimizer)
+    if case.empty and not fabric.accelerator.host_memory:
+        _fill(fabric, model, build(case.model, seed), path.with_suffix(".first.ckpt"))
     if case.method:
         model.mark_forward_method("training_step")
     call = model.training_step if case.method else model
@@ -163,6 +166,14 @@ def train(fabric: Fabric, case: Case, path: Path) -> Trained:
         told.state = torch.load(path, weights_only=True)["model"]
     fabric.barrier()
     return told
+
+
+def _fill(fabric: Fabric, model: Any, made: nn.Module, path: Path) -> None:
+    """Give a model the parameters and buffers of one that the host has made."""
+    if fabric.global_rank == 0:
+        torch.save({"model": made.state_dict()}, path)
+    fabric.barrier()
+    fabric.load(path, {"model": model})
 
 
 def _micro_batch(fabric: Fabric, model: Any, case: Case, i: int, total: int, last: bool) -> Any:

@@ -1,0 +1,3 @@
+"""XLA devices, TPUs above all, for torchweft."""
+
+__version__ = "0.1.0"
