@@ -38,7 +38,11 @@ KNOWN: Mapping[tuple[str, str], str] = {
             "deepspeed_stage_3_offload_nvme",
         )
     },
-    **{("strategy", name): "torchweft-xla" for name in ("xla", "xla_fsdp", "single_xla")},
+    **{
+        ("strategy", name): "torchweft-xla"
+        for name in ("xla", "xla_fsdp", "xla_replicas", "single_xla")
+    },
+    ("launcher", "xla_launch"): "torchweft-xla",
     **{("precision", name): "torchweft-cuda" for name in ("16-mixed", "16")},
     ("launcher", "ray"): "torchweft-ray",
 }

@@ -47,6 +47,7 @@ def test_what_the_readme_s_table_says_is_declared() -> None:
             hooks.torchweft_accelerators(),
             hooks.torchweft_strategies(),
             hooks.torchweft_precisions(),
+            hooks.torchweft_launchers(),
         )
         for spec in found
     ]

@@ -250,8 +250,9 @@ def trains_in(fabric: Fabric) -> tuple[list[float], str, str]:
         ("16-true", "torch.float16", "torch.float16"),
     ],
 )
-def test_a_precision(precision: str, computed: str, held: str) -> None:
-    losses, found, kept = on(2, trains_in, precision=precision)
+@BOTH
+def test_a_precision(precision: str, computed: str, held: str, strategy: str) -> None:
+    losses, found, kept = on(2, trains_in, precision=precision, strategy=strategy)
     assert (found, kept) == (computed, held)
     assert losses[-1] < losses[0] / 4
 
@@ -338,3 +339,15 @@ def test_hosts_that_xla_does_not_know_of(tmp_path: Path) -> None:
         "Misuse: strategy 'xla' runs on 2 hosts, and XLA knows of 1: start the script once on "
         "every host of one TPU slice"
     ) in done.stderr
+
+
+def test_torchweft_run_makes_one_process_for_all_devices(tmp_path: Path) -> None:
+    text = """
+fabric = Fabric()
+fabric.launch()
+tell(plan=fabric.plan.summary(), counts=[fabric.world_size, fabric.num_replicas])
+"""
+    flags = ["--devices", "4", "--accelerator", "xla", "--strategy", "xla_fsdp"]
+    found = told(script(text, tmp_path, "-m", "torchweft", "run", *flags, devices=4))
+    assert found["plan"].startswith("xla_fsdp on 4 x xla, 32-true, launched by torchrun")
+    assert found["counts"] == [1, 4]

@@ -26,7 +26,8 @@ class XLA(Accelerator):
 
     def bind(self, rank: RankInfo, devices: Sequence[int]) -> torch.device:
         """The one device of this process. Raises ``Misuse`` and ``NotAvailable``."""
-        several = len(devices) > 1 or rank.world_size > 1
+        # A process of several on its host has one device for itself.
+        several = rank.local_world_size == 1 and (len(devices) > 1 or rank.world_size > 1)
         used = _in_use()
         try:
             from torchweft_xla.library import runtime, torch_xla
@@ -44,7 +45,15 @@ class XLA(Accelerator):
                     "fabric.device, below fabric.launch()"
                 )
             runtime.use_spmd()
-        device: torch.device = torch_xla.device() if several else torch_xla.device(devices[0])
+        if rank.local_world_size > 1:
+            if not used and runtime.device_type() == "TPU":
+                # What torch-xla does in the processes that it makes, and under torchrun.
+                from torch_xla._internal import pjrt
+
+                pjrt.initialize_multiprocess(rank.local_rank, rank.local_world_size)
+            device: torch.device = torch_xla.device()
+        else:
+            device = torch_xla.device() if several else torch_xla.device(devices[0])
         # torch's seed does not reach XLA's generator: one that was set before is its first.
         self.seed(torch.initial_seed())
         return device

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torchweft.hookspecs import hookimpl
-from torchweft.specs import AcceleratorSpec, PrecisionSpec, StrategySpec
+from torchweft.specs import AcceleratorSpec, LauncherSpec, PrecisionSpec, StrategySpec
 from torchweft_xla.requests import objections
 
 if TYPE_CHECKING:
@@ -60,6 +60,13 @@ def torchweft_strategies() -> list[StrategySpec]:
             preload=_PRELOAD,
         ),
         StrategySpec(
+            name="xla_replicas",
+            target="torchweft_xla.replicas:XLAReplicasStrategy",
+            summary="a copy of the model in a process per XLA device, gradients averaged",
+            devices=_DEVICES,
+            preload=_PRELOAD,
+        ),
+        StrategySpec(
             name="single_xla",
             target=f"{_STRATEGY}:SingleXLA",
             summary="one process on one XLA device",
@@ -83,6 +90,23 @@ def torchweft_precisions() -> list[PrecisionSpec]:
             aliases=("32",),
             priority=110,
             devices=_DEVICES,
+        )
+    ]
+
+
+@hookimpl
+def torchweft_launchers() -> list[LauncherSpec]:
+    """torch-xla's own."""
+    return [
+        LauncherSpec(
+            name="xla_launch",
+            target="torchweft_xla.launching:XLALaunch",
+            summary="fabric.launch(function) in processes that torch_xla.launch makes",
+            devices=_DEVICES,
+            strategies=("xla_replicas",),
+            detect="torchweft_xla.detect:launched",
+            nodes="any",
+            function="required",
         )
     ]
 

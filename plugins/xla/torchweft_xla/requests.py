@@ -17,6 +17,9 @@ def objections(plan: RunPlan) -> list[str]:
     """One sentence for devices that are neither one nor all."""
     if plan.accelerator.target != "torchweft_xla.accelerator:XLA":
         return []
+    if plan.strategy.processes == "device":
+        # A process for each, of which there may be any number; XLA says which there can be.
+        return []
     count, asked = xla().count, plan.topology.devices
     if count is None or len(asked) in (1, count):
         return []
