@@ -170,3 +170,11 @@ def test_batches_of_changing_shape_are_told_once_with_the_shapes(tmp_path: Path)
     )
     # What takes the batch first, perhaps.
     assert len(rest) <= 1
+
+
+def test_the_next_batch_is_fetched_once_the_step_was_sent_off(tmp_path: Path) -> None:
+    """The device computes meanwhile: each batch is put together behind one more graph."""
+    collate = 'fetched.append(metrics.counter_value("MarkStep") or 0)'
+    text = "fetched = []\n" + loop(steps=10, collate=collate) + "tell(fetched=fetched)\n"
+    fetched = told(script(text, tmp_path, devices=2))["fetched"]
+    assert fetched == list(range(1, 11))

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tests.xla.scripts import script, told
 from torchweft import Fabric
+from torchweft.errors import InvalidRequest
 from torchweft.testing import run_ranks
 
 BOTH = pytest.mark.parametrize("strategy", ["xla", "xla_fsdp"])
@@ -351,3 +352,25 @@ tell(plan=fabric.plan.summary(), counts=[fabric.world_size, fabric.num_replicas]
     found = told(script(text, tmp_path, "-m", "torchweft", "run", *flags, devices=4))
     assert found["plan"].startswith("xla_fsdp on 4 x xla, 32-true, launched by torchrun")
     assert found["counts"] == [1, 4]
+
+
+def test_on_several_hosts_a_batch_has_to_divide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is one host here: what the strategy knows of the others is made up."""
+    from torchweft_xla.strategy import XLAStrategy
+
+    class Two:
+        hosts, local = 2, 4
+
+        def send(self, tensor: torch.Tensor, dim: int | None) -> tuple[Any, int | None]:
+            return tensor.shape, dim
+
+    strategy = XLAStrategy()
+    monkeypatch.setattr(strategy, "_spread", Two())
+    assert strategy.move(torch.ones(8, 3)) == ((8, 3), 0)
+    with pytest.raises(InvalidRequest) as caught:
+        strategy.move([torch.ones(6, 3)])
+    assert str(caught.value) == (
+        "strategy 'xla' on 2 hosts was given a batch with a tensor of shape (6, 3), whose first "
+        "dimension cannot be divided between the 4 devices of a host; write drop_last=True in the "
+        "DataLoader, or have its collate_fn fill the last batch up"
+    )

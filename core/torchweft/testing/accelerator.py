@@ -52,6 +52,11 @@ class AcceleratorConformance:
     def _run(self, subject: Subject, devices: Any, function: Any, *args: Any) -> list[Any]:
         """What ranks on such devices answer."""
         instead = {"strategy": Meeting()} if devices != 1 else {"strategy": "single_device"}
+        if devices != 1 and "strategy" in subject.spec.exclusive:
+            pytest.skip(
+                f"{subject.title} takes only strategies made for it; StrategyConformance tries "
+                "those on several devices"
+            )
         return run_ranks(
             devices,
             function,
@@ -148,15 +153,19 @@ class AcceleratorConformance:
             return
         self._check_planned(subject, "all", counted)
         with pytest.raises(NotAvailable, match=rf"has {counted} \("):
-            Fabric(accelerator=asked, devices=counted + 1, strategy=Meeting())
+            Fabric(accelerator=asked, devices=counted + 1, strategy=self._any(subject))
         seen = self._run(subject, 1, computing.count)[0]
         assert seen in (None, counted), (
             f"{subject.title}: its probe counts {counted} devices, and a process that uses one "
             f"sees {seen} (Availability.count)"
         )
 
+    def _any(self, subject: Subject) -> Any:
+        """A strategy for any number of devices."""
+        return "auto" if "strategy" in subject.spec.exclusive else Meeting()
+
     def _check_planned(self, subject: Subject, asked: int | str, right: int) -> None:
-        plan = Fabric(accelerator=subject.asked, devices=asked, strategy=Meeting()).plan
+        plan = Fabric(accelerator=subject.asked, devices=asked, strategy=self._any(subject)).plan
         assert plan.topology.devices == tuple(range(right)), (
             f"{subject.title}: devices={asked!r} is planned as {plan.topology.devices}, and its "
             f"probe counts {subject.count} (Availability.count; None is no limit)"
