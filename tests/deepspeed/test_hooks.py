@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,3 +113,14 @@ def test_importing_the_strategy_does_not_import_deepspeed() -> None:
 def test_the_kit_means_the_precision_of_its_strategy(strategy: str, package: str) -> None:
     cls = type("TestIt", (PrecisionConformance,), {"precision": "16-true", "strategy": strategy})
     assert find(cls, "precision", "cpu").spec.target.startswith(package)
+
+
+@pytest.mark.parametrize(("device", "asks"), [("nvidia0", False), ("kfd", False), ("null", True)])
+def test_what_looks_for_a_gpu_is_preloaded_where_there_is_none(
+    device: str, asks: bool, tmp_path: Path
+) -> None:
+    (tmp_path / device).touch()
+    found = hooks._preload(tmp_path)
+    assert ("torch._inductor.compile_fx" in found) is asks
+    assert ("torch.utils.cpp_extension" in found) is asks
+    assert {"torch._dynamo", "pydantic"} <= set(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchweft.hookspecs import hookimpl
@@ -41,13 +42,22 @@ def torchweft_strategies() -> list[StrategySpec]:
                 Preset(alias=f"deepspeed_stage_{name}", options=options)
                 for name, options in presets.items()
             ),
-            # What DeepSpeed imports. Itself it looks for a device when it is imported, as
-            # torch.utils.cpp_extension and torch._inductor.compile_fx do, which it needs too.
-            preload=("torch._dynamo", "pydantic"),
+            preload=_preload(Path("/dev")),
             # Number formats are a part of DeepSpeed's own configuration.
             exclusive=("precision",),
         )
     ]
+
+
+def _preload(devices: Path) -> tuple[str, ...]:
+    """What DeepSpeed imports, at the latest for its first engine.
+
+    Itself it looks for a device when it is imported, and so do two of torch's modules: they ask
+    for the number of GPUs, after which no fork can use one. Where there is none they may.
+    """
+    gpus = any(found for name in ("nvidia[0-9]*", "kfd", "dxg") for found in devices.glob(name))
+    looking = () if gpus else ("torch._inductor.compile_fx", "torch.utils.cpp_extension")
+    return ("torch._dynamo", *looking, "pydantic")
 
 
 @hookimpl
