@@ -71,7 +71,7 @@ def test_more_devices_than_there_are() -> None:
 def test_a_strategy_that_is_not_xla_s_names_those_that_are() -> None:
     said = refused(accelerator="xla", strategy="ddp")
     assert "does not serve device 'xla', only 'cuda', 'cpu'" in said
-    assert said.endswith("what can be used: single_xla, xla, xla_fsdp")
+    assert said.endswith("what can be used: single_xla, xla, xla_fsdp, xla_replicas")
 
 
 @pytest.mark.parametrize("precision", ["16-mixed", "64-true"])

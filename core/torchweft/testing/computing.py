@@ -203,7 +203,10 @@ def allocate(fabric: Fabric) -> dict[str, Any]:
 
 def count(fabric: Fabric) -> int | None:
     """How many devices torch sees from this process, where it counts them."""
-    module = torch.get_device_module(fabric.device)
+    try:
+        module = torch.get_device_module(fabric.device)
+    except RuntimeError:  # torch has no module of that name
+        return None
     counted = getattr(module, "device_count", None)
     return None if counted is None else int(counted())
 
