@@ -1,7 +1,5 @@
 """torch-xla, imported in one place."""
 
-# ruff: noqa: E402 (two things have to be said before it is imported)
-
 from __future__ import annotations
 
 import logging
@@ -14,11 +12,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 _disabled = logging.root.manager.disable
 logging.disable(logging.WARNING)
 
-import torch_xla
-import torch_xla.core.xla_model as xm
-import torch_xla.distributed.spmd as spmd
-import torch_xla.runtime as runtime
-
-logging.disable(_disabled)
+try:
+    import torch_xla
+    import torch_xla.core.xla_model as xm
+    import torch_xla.distributed.spmd as spmd
+    import torch_xla.runtime as runtime
+finally:
+    logging.disable(_disabled)
 
 __all__ = ["runtime", "spmd", "torch_xla", "xm"]

@@ -35,6 +35,8 @@ class Full(Precision):
         log = logging.getLogger("torch_xla.backends")
         level = log.level
         log.setLevel(logging.ERROR)
-        if get_mat_mul_precision() != self._matmul:
-            set_mat_mul_precision(self._matmul)
-        log.setLevel(level)
+        try:
+            if get_mat_mul_precision() != self._matmul:
+                set_mat_mul_precision(self._matmul)
+        finally:
+            log.setLevel(level)

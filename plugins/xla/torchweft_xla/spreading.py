@@ -29,7 +29,7 @@ class Spread:
         """Of tensors with ``dims`` dimensions along one of them; the same object each time."""
         key = dims, dim, minibatch
         if key not in self._shardings:
-            spec = tuple("data" if i == dim else None for i in range(dims))
+            spec = _along(dims, dim)
             self._shardings[key] = spmd.ShardingSpec(self._mesh, spec, minibatch=minibatch)
         return self._shardings[key]
 
@@ -45,12 +45,11 @@ class Spread:
 
         None: a copy on each.
         """
-        spec = tuple("data" if i == dim else None for i in range(tensor.dim()))
-        spmd.mark_sharding(tensor, self._mesh, spec)
+        spmd.mark_sharding(tensor, self._mesh, _along(tensor.dim(), dim))
 
     def divided(self, tensor: Tensor, dim: int | None) -> Tensor:
         """The same tensor for what is computed with it, its gradient divided like it."""
-        spec = tuple("data" if i == dim else None for i in range(tensor.dim()))
+        spec = _along(tensor.dim(), dim)
         found: Tensor = spmd.mark_sharding_with_gradients(tensor, self._mesh, spec)
         return found
 
@@ -58,3 +57,8 @@ class Spread:
         """The dimension to divide: the longest that divides evenly; None where there is none."""
         even = [d for d in range(tensor.dim()) if tensor.shape[d] % self.devices == 0]
         return max(even, key=lambda d: tensor.shape[d], default=None)
+
+
+def _along(dims: int, dim: int | None) -> tuple[str | None, ...]:
+    """torch-xla's partition of a tensor with so many dimensions along one; None: along none."""
+    return tuple("data" if i == dim else None for i in range(dims))

@@ -30,6 +30,9 @@ FIRST = 4
 #: As many graphs in a row with a transfer, or a compilation, are a habit.
 HABIT = 3
 
+#: Graphs that are watched, at most: what was not found in them will not be.
+WATCHED = 6
+
 
 class Watch:
     """Told of the end of every graph."""
@@ -41,6 +44,7 @@ class Watch:
         self._told = [False, False]
         self._recorder: _Recorder | None = None
         self._last: list[tuple[Any, str]] | None = None
+        self._left = WATCHED
 
     def ended(self) -> None:
         """A graph ended; warns where the loop has a habit, once for each."""
@@ -55,7 +59,9 @@ class Watch:
         habit = [
             n >= HABIT and not told for n, told in zip(self._in_a_row, self._told, strict=True)
         ]
-        if any(habit):
+        if any(habit) and self._left:
+            # Each operation costs more meanwhile.
+            self._left -= 1
             self._recorder = _Recorder()
             self._recorder.__enter__()  # type: ignore[no-untyped-call]
 
