@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -178,3 +179,18 @@ def test_the_next_batch_is_fetched_once_the_step_was_sent_off(tmp_path: Path) ->
     text = "fetched = []\n" + loop(steps=10, collate=collate) + "tell(fetched=fetched)\n"
     fetched = told(script(text, tmp_path, devices=2))["fetched"]
     assert fetched == list(range(1, 11))
+
+
+def test_a_line_that_is_not_found_is_not_looked_for_without_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from torchweft_xla import watching
+
+    compiled = itertools.count()
+    monkeypatch.setattr(watching, "_counts", lambda: (0, next(compiled)))
+    watch, watched = watching.Watch(), 0
+    for _ in range(30):
+        watch.ended()
+        watched += watch._recorder is not None
+    assert watched == watching.WATCHED
+    assert watch._recorder is None
