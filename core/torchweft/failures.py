@@ -4,20 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from torchweft.errors import RankFailed
+from torchweft.errors import RankFailed, listed
+from torchweft.process.stacks import read_stacks
+
+#: The line of a library's source at which an error was made.
+_SOURCE = re.compile(r"\[[^\]\s]*\.(cc|cpp|h):\d+\] ?")
+#: Exit codes of signals by which a process says that its memory or its code is broken.
+_CRASHES = {
+    -number
+    for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT)
+}
 
 __all__ = ["Failure", "first_failure", "read_failure", "report", "signal_name"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """How one rank ended badly."""
+    """How one rank ended badly.
+
+    Attributes:
+        rank: global rank.
+        exitcode: negative for a signal.
+        message: ``"ValueError: …"``; empty where it told nothing.
+        trace: of the exception, as Python prints it; of a crash, the stacks.
+        time_ns: when it told.
+        lost_peer: whether it merely lost another rank.
+        node: name of its computer; empty where it never came to be a rank.
+        pid: its process id there.
+        doing: where it was when it was told to end.
+    """
 
     rank: int
     exitcode: int
@@ -25,6 +48,9 @@ class Failure:
     trace: str = ""
     time_ns: int = 0
     lost_peer: bool = False
+    node: str = ""
+    pid: int = 0
+    doing: str = ""
 
     def cause(self) -> str:
         """``"ValueError: …"``, ``"killed by signal 9 (SIGKILL)"`` or ``"exit status 3"``."""
@@ -60,13 +86,18 @@ def read_failure(rank: int, exitcode: int, error_file: Path) -> Failure:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         content = json.loads(error_file.read_text(encoding="utf-8"))["message"]
         extra, message = content["extraInfo"], content["message"]
+    stacks = read_stacks(error_file)
+    crashed = stacks is not None and exitcode in _CRASHES
     return Failure(
         rank=rank,
         exitcode=exitcode,
         message=message,
-        trace=extra.get("py_callstack", ""),
+        trace=extra.get("py_callstack", stacks.text if stacks and crashed else ""),
         time_ns=int(extra.get("time_ns", 0)),
         lost_peer=bool(extra.get("lost_peer", False)),
+        node=stacks.host if stacks else "",
+        pid=stacks.pid if stacks else 0,
+        doing=stacks.doing() if stacks and not crashed else "",
     )
 
 
@@ -83,26 +114,49 @@ def first_failure(failures: Sequence[Failure]) -> Failure:
     return min(failures, key=order)
 
 
-def report(failures: Sequence[Failure], world_size: int, done: Collection[int] = ()) -> RankFailed:
+def report(
+    failures: Sequence[Failure],
+    world_size: int,
+    done: Collection[int] = (),
+    meanwhile: Mapping[int, str] = MappingProxyType({}),
+) -> RankFailed:
     """One report of all failures: the cause with its traceback, the others in one line.
 
-    ``done``: ranks that had ended well, or were about to; others may have waited for them in vain.
+    Args:
+        failures: at least one.
+        world_size: ranks in all.
+        done: ranks that had ended well, or were about to; others may have waited for them in vain.
+        meanwhile: by rank, what each of the others was doing when it was ended.
     """
     cause = first_failure(failures).cause()
     # Which of those that failed alike was a moment earlier tells nothing.
     first = min((f for f in failures if f.cause() == cause), key=lambda f: f.rank)
     lines = [f"rank {first.rank} of {world_size} failed: {cause}"]
+    if first.node:
+        status = f", with exit status {first.exitcode}" if first.message else ""
+        lines.append(f"on {first.node}, process {first.pid}{status}")
     others = [f for f in failures if f is not first]
-    same = [str(f.rank) for f in others if f.cause() == cause]
+    same = [f.rank for f in others if f.cause() == cause]
     if same:
-        lines.append(f"and so did rank {', '.join(same)}")
-    told = [f"rank {f.rank}: {_brief(f.cause())}" for f in others if f.cause() != cause]
-    if told:
-        lines.append(f"after it: {'; '.join(told)}")
+        lines.append(f"and so did rank {_ranks(same)}")
+    lost = [f for f in others if f.lost_peer and f.cause() != cause]
+    told = [f for f in others if f not in lost and f.cause() != cause and not f.doing]
+    after = [f"rank {f.rank}: {_brief(f.cause())}" for f in told]
+    if lost:
+        after.append(
+            f"rank {_ranks([f.rank for f in lost])} lost another: {_brief(lost[0].cause())}"
+        )
+    if after:
+        lines.append(f"after it: {'; '.join(after)}")
+    told_of = {first.rank, *same, *(f.rank for f in (*lost, *told))}
+    doing = {f.rank: f.doing for f in others} | dict(meanwhile)
+    doing = {rank: what for rank, what in doing.items() if what and rank not in told_of}
+    if doing:
+        lines.append(f"meanwhile: {'; '.join(_together(doing))}")
     left = sorted(set(done) - {f.rank for f in failures})
     if first.lost_peer and left:
         lines.append(
-            f"done before, without an error: rank {', '.join(map(str, left))}; every rank has to "
+            f"done before, without an error: rank {_ranks(left)}; every rank has to "
             "take part in every collective operation"
         )
     if first.trace:
@@ -110,6 +164,19 @@ def report(failures: Sequence[Failure], world_size: int, done: Collection[int] =
     return RankFailed("\n".join(lines), rank=first.rank, exit_status=first.exit_status or 1)
 
 
+def _together(doing: Mapping[int, str]) -> list[str]:
+    """Ranks that did the same in one."""
+    ranks: dict[str, list[int]] = {}
+    for rank, what in sorted(doing.items()):
+        ranks.setdefault(what, []).append(rank)
+    return [f"rank {_ranks(who)} at {what}" for what, who in ranks.items()]
+
+
+def _ranks(numbers: Sequence[int]) -> str:
+    return listed([str(number) for number in numbers], 16)
+
+
 def _brief(text: str) -> str:
     line = text.splitlines()[0] if text else ""
+    line = _SOURCE.sub("", line)
     return line if len(line) <= 100 else line[:97] + "..."

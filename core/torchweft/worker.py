@@ -75,6 +75,7 @@ class Live:
 
 def join(plan: RunPlan, parts: Parts, manager: Manager, environ: Mapping[str, str]) -> Live:
     """Become a rank of the run: everything that user code relies on exists afterwards."""
+    process.tell_stacks()
     rank = parts.launcher.rank(environ)
     rendezvous = parts.launcher.rendezvous(rank, environ)
     device = parts.accelerator.bind(rank, plan.topology.devices)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,7 @@ def test_one_report() -> None:
     assert str(told) == (
         "rank 1 of 4 failed: ValueError: no\n"
         "and so did rank 3\n"
-        "after it: rank 2: RuntimeError: Connection closed by peer [127.0.0.1]\n"
+        "after it: rank 2 lost another: RuntimeError: Connection closed by peer [127.0.0.1]\n"
         "\n"
         "Traceback of rank 1"
     )
@@ -82,6 +83,31 @@ def test_of_those_that_failed_alike_the_lowest_rank_is_named() -> None:
     told = report([raised(rank, "ValueError: no", 9 - rank) for rank in (0, 1, 2)], 3)
     assert str(told).startswith("rank 0 of 3 failed: ValueError: no\nand so did rank 1, 2\n")
     assert told.rank == 0
+
+
+def test_where_it_failed_and_what_the_others_were_doing() -> None:
+    failed = replace(raised(1, "ValueError: no", 1), node="n7", pid=12)
+    lost = [
+        raised(rank, f"RuntimeError: [/a/pair.cc:5{rank}] Connection closed", 2, lost_peer=True)
+        for rank in (0, 4)
+    ]
+    doing = {2: "train.py:14 in step", 3: "train.py:14 in step", 5: "x.py:9 in a", 0: "x"}
+    told = report([failed, *lost, Failure(rank=6, exitcode=-15, doing="a.py:1 in b")], 7, (), doing)
+    assert str(told).splitlines()[:4] == [
+        "rank 1 of 7 failed: ValueError: no",
+        "on n7, process 12, with exit status 1",
+        "after it: rank 0, 4 lost another: RuntimeError: Connection closed",
+        "meanwhile: rank 2, 3 at train.py:14 in step; rank 5 at x.py:9 in a; rank 6 at a.py:1 in b",
+    ]
+    killed = Failure(rank=0, exitcode=-9, node="n7", pid=12)
+    assert str(report([killed], 2)) == (
+        "rank 0 of 2 failed: killed by signal 9 (SIGKILL)\non n7, process 12"
+    )
+
+
+def test_of_many_ranks_a_few_are_named() -> None:
+    told = str(report([raised(0, "A", 1)], 99, (), dict.fromkeys(range(1, 99), "a.py:1 in b")))
+    assert "15, 16 and 82 more at a.py:1 in b" in told
 
 
 def test_long_words_of_others_are_shortened() -> None:

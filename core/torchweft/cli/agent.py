@@ -12,6 +12,7 @@ import shutil
 import socket
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -192,22 +193,39 @@ def _describe(error: ChildFailedError, job: Job, folder: Path) -> RankFailed:
     codes = Marks(str(folder), _last_attempt(folder)).read()
     if not any(codes.values()):
         codes |= {rank: failure.exitcode for rank, failure in error.failures.items()}
+    attempt = folder / "*" / f"attempt_{_last_attempt(folder)}" / "*"
     files: dict[int, Path] = {}
-    attempt = f"*/attempt_{_last_attempt(folder)}/*"
-    for file in folder.glob(f"{attempt}/error.json"):
+    for file in _beside(attempt, process.stacks_file):
+        stacks = process.read_stacks(file)
+        if stacks is not None:
+            files[stacks.rank] = file
+    for file in _beside(attempt, lambda file: file):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             files[json.loads(file.read_text())["message"]["extraInfo"]["rank"]] = file
     failures = [
         read_failure(rank, codes.get(rank, 1), files.get(rank, folder / "none"))
-        for rank in sorted({*codes, *files})
+        for rank in sorted({*codes, *(rank for rank, file in files.items() if file.exists())})
         if codes.get(rank, 1) != 0
     ]
     most = job.num_nodes[1] if isinstance(job.num_nodes, tuple) else job.num_nodes
     done = {rank for rank, code in codes.items() if code == 0}
-    for file in folder.glob(f"{attempt}/{process.done_file(Path('error.json'))}"):
+    for file in _beside(attempt, process.done_file):
         with contextlib.suppress(OSError, ValueError):
-            done.add(int(file.read_text()))
-    return report(failures, most * job.processes, done)
+            done.add(int(process.done_file(file).read_text()))
+    stacks_of = {rank: process.read_stacks(file) for rank, file in files.items()}
+    meanwhile = {
+        rank: stacks.doing()
+        for rank, stacks in stacks_of.items()
+        if stacks is not None and rank not in codes and rank not in done
+    }
+    return report(failures, most * job.processes, done, meanwhile)
+
+
+def _beside(attempt: Path, named: Callable[[Path], Path]) -> list[Path]:
+    """The error files beside which there is a file of that name."""
+    pattern = named(attempt / "error.json")
+    found = Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor)))
+    return [file.with_name("error.json") for file in found]
 
 
 def _last_attempt(folder: Path) -> int:

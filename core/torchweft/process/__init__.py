@@ -44,6 +44,7 @@ from torchweft.process.signals import (
     interrupt_patience,
     respected,
 )
+from torchweft.process.stacks import read_stacks, stacks_file, tell_stacks
 
 __all__ = [
     "ENDING",
@@ -77,6 +78,7 @@ __all__ = [
     "joined_file",
     "open_stdin",
     "own_the_end",
+    "read_stacks",
     "record_done",
     "record_failure",
     "record_joined",
@@ -84,7 +86,9 @@ __all__ = [
     "run_script",
     "served",
     "share_threads",
+    "stacks_file",
     "stay_until_the_end",
+    "tell_stacks",
     "unwarned",
     "wind_down",
     "write_error",

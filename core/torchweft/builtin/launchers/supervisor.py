@@ -128,7 +128,8 @@ class Supervisor:
         self.stop(told)
         if told is not None:
             raise ToldToEnd(told)
-        raise report(self._failures(codes), len(self.children), self._done(codes))
+        failures, done = self._failures(codes), self._done(codes)
+        raise report(failures, len(self.children), done, self._meanwhile(codes, done))
 
     def _once_the_cause_is_known(self) -> dict[int, int | None]:
         """The exit codes that tell it; what ranks do after it is our own doing."""
@@ -152,6 +153,15 @@ class Supervisor:
     def _done(self, codes: dict[int, int | None]) -> list[int]:
         files = {rank: process.done_file(file) for rank, file in self._error_files.items()}
         return [rank for rank, code in codes.items() if code == 0 or files[rank].exists()]
+
+    def _meanwhile(self, codes: dict[int, int | None], done: list[int]) -> dict[int, str]:
+        """What those were doing that ran until they were told to end."""
+        told = {}
+        for rank, file in self._error_files.items():
+            stacks = process.read_stacks(file)
+            if stacks is not None and codes[rank] is None and rank not in done:
+                told[rank] = stacks.doing()
+        return {rank: doing for rank, doing in told.items() if doing}
 
     def _exitcodes(self) -> dict[int, int | None]:
         return {rank: child.exitcode for rank, child in self.children.items()}
