@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 __all__ = [
     "BrokenPlugin",
     "CheckpointError",
+    "CollectiveTimeout",
     "IncompatiblePlan",
     "InvalidRequest",
     "Misuse",
@@ -66,6 +67,10 @@ class Misuse(TorchweftError, RuntimeError):
 
 class CheckpointError(TorchweftError):
     """A checkpoint could not be written, read or matched."""
+
+
+class CollectiveTimeout(TorchweftError):
+    """A collective operation took longer than was allowed; the message says who did not come."""
 
 
 class RankFailed(TorchweftError):

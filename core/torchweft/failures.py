@@ -159,7 +159,8 @@ def report(
             f"done before, without an error: rank {_ranks(left)}; every rank has to "
             "take part in every collective operation"
         )
-    if first.trace:
+    # Without a place it says no more than the message.
+    if 'File "' in first.trace:
         lines += ["", first.trace.rstrip()]
     return RankFailed("\n".join(lines), rank=first.rank, exit_status=first.exit_status or 1)
 

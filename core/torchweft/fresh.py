@@ -31,5 +31,7 @@ def main() -> None:
     process.share_threads(int(os.environ["LOCAL_WORLD_SIZE"]))
     if os.environ["LOCAL_RANK"] != "0":
         process.close_stdin()
+    if handoff.log_dir:
+        process.redirect_output(handoff.log_dir, folder)
     sys.path.insert(0, "")  # the script's folder takes the place
     os._exit(process.run_script(script, arguments))

@@ -29,6 +29,8 @@ class Handoff:
         launcher: name of the launcher that made the ranks; empty when the script shall make them.
         flags: the flags of ``torchweft run`` that the user gave, by name of ``Fabric``'s argument.
         dry_run: whether one batch of every loader is enough.
+        log_dir: folder for each rank's output, where it has a file of its own; empty: the terminal.
+        timeout: seconds that a collective may take; None: as long as the strategy allows.
         pid: the process that this was written for, or None for all children of ``parent``.
         parent: the process whose children this was written for.
     """
@@ -37,6 +39,8 @@ class Handoff:
     launcher: str = ""
     flags: Mapping[str, Any] = field(default_factory=dict)
     dry_run: bool = False
+    log_dir: str = ""
+    timeout: float | None = None
     pid: int | None = None
     parent: int | None = None
 
@@ -79,6 +83,8 @@ def _sound(handoff: Handoff) -> bool:
         and isinstance(handoff.launcher, str)
         and isinstance(handoff.flags, dict)
         and isinstance(handoff.dry_run, bool)
+        and isinstance(handoff.log_dir, str)
+        and isinstance(handoff.timeout, int | float | None)
         and isinstance(handoff.pid, int | None)
         and isinstance(handoff.parent, int | None)
     )

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from torchweft import process
-from torchweft.api import Accelerator, Launcher, Place, Precision, Run, Strategy
+from torchweft.api import Accelerator, Launcher, Place, Precision, Rendezvous, Run, Strategy
 from torchweft.errors import BrokenPlugin
+from torchweft.handoff import Handoff
 from torchweft.manager import Manager
 from torchweft.plan import RunPlan
 from torchweft.specs import load_target
+from torchweft.watchdog import Watchdog
 
 __all__ = ["Live", "Parts", "join", "stay"]
 
@@ -76,6 +80,7 @@ class Live:
 def join(plan: RunPlan, parts: Parts, manager: Manager, environ: Mapping[str, str]) -> Live:
     """Become a rank of the run: everything that user code relies on exists afterwards."""
     process.tell_stacks()
+    handoff = Handoff.read(environ)
     rank = parts.launcher.rank(environ)
     rendezvous = parts.launcher.rendezvous(rank, environ)
     device = parts.accelerator.bind(rank, plan.topology.devices)
@@ -88,6 +93,7 @@ def join(plan: RunPlan, parts: Parts, manager: Manager, environ: Mapping[str, st
             accelerator=parts.accelerator,
             device=device,
             precision=parts.precision,
+            timeout=(handoff.timeout if handoff else None) or 0.0,
         )
     )
     strategy = parts.strategy
@@ -107,10 +113,25 @@ def join(plan: RunPlan, parts: Parts, manager: Manager, environ: Mapping[str, st
             collectives=parts.strategy.collectives,
         )
     )
+    if handoff is not None and handoff.timeout is not None and rank.world_size > 1:
+        _watch(live.run, rendezvous, handoff, handoff.timeout)
     process.record_joined()
     for context in manager.worker_contexts(live.run):
         live.contexts.enter_context(context)
     return live
+
+
+def _watch(run: Run, rendezvous: Rendezvous, handoff: Handoff, timeout: float) -> None:
+    """Look for collective operations that take too long."""
+    lasting = Path(tempfile.gettempdir(), f"torchweft-stacks-{handoff.run_id}")
+    watchdog = Watchdog(
+        timeout=timeout,
+        folder=Path(handoff.log_dir) if handoff.log_dir else lasting,
+        rank=run.rank,
+        rendezvous=rendezvous,
+        accelerator=run.accelerator,
+    )
+    watchdog.start()
 
 
 def stay(live: Live, *, owned: bool) -> None:

@@ -73,3 +73,15 @@ class Accelerator(ABC):
 
     def synchronize(self) -> None:  # noqa: B027
         """Wait until the device has done what was queued."""
+
+    def flight_records(self, *, operations: bool) -> list[str]:
+        """What torch's flight recorders know of this process's collective operations, as JSON.
+
+        ``operations``: each of the last ones, rather than how far every group has come alone. Of
+        gloo's here; an accelerator whose own backend has a recorder adds what that knows. Callable
+        in any thread.
+        """
+        dump = getattr(torch._C, "_distributed_c10d", None)
+        if dump is None:  # a torch without torch.distributed
+            return []
+        return [bytes(dump._dump_fr_trace_json(operations, False)).decode("utf-8", "replace")]

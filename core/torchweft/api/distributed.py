@@ -11,6 +11,9 @@ from torchweft.api.strategy import DataShard, Strategy
 
 __all__ = ["DistributedStrategy"]
 
+#: Seconds for which a group waits longer than whoever watches over its operations.
+_MARGIN = 60.0
+
 
 class DistributedStrategy(Strategy):
     """A replica in every process, and all processes in torch.distributed's default group.
@@ -28,7 +31,7 @@ class DistributedStrategy(Strategy):
     def start(self, place: Place) -> None:
         """Join the process group."""
         super().start(place)
-        limit = timedelta(seconds=self.timeout)
+        limit = timedelta(seconds=max(self.timeout, place.timeout + _MARGIN))
         self._group = join_group(place, backend=self.backend(place), timeout=limit)
         self._collectives = ProcessGroup(place.device)
 

@@ -25,6 +25,8 @@ class Place:
         accelerator: the live one; its ``backend`` is that of collectives.
         device: of this process.
         precision: the live one.
+        timeout: seconds that a collective may take, where somebody else watches over it; the
+            group's own limit has to be longer. 0: nobody does.
     """
 
     plan: RunPlan
@@ -33,3 +35,4 @@ class Place:
     accelerator: Accelerator
     device: torch.device
     precision: Precision
+    timeout: float = 0.0

@@ -12,7 +12,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -24,6 +24,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from torchweft import process
 from torchweft.builtin.launchers.agent_rank import Script, Stdin, work
+from torchweft.cli.following import Follower
 from torchweft.errors import RankFailed, TorchweftError
 from torchweft.failures import read_failure, report
 from torchweft.handoff import Handoff
@@ -70,15 +71,32 @@ def drive(job: Job) -> NoReturn:
 def _drive(job: Job, folder: Path) -> int:
     store, endpoint = _host_store(job)
     try:
-        _launch(job, _config(job, endpoint, folder), folder)
+        with _following(job, folder):
+            _launch(job, _config(job, endpoint, folder), folder)
         _tell_if_nobody_joined(job, folder)
     except ChildFailedError as error:
         failure = _describe(error, job, folder)
         process.write_error(f"torchweft: {failure}\n")
+        if job.log_dir is not None:
+            path = os.path.join(os.path.abspath(job.log_dir), f"rank-{failure.rank}.log")
+            process.write_error(f"its output: {path}\n")
         return failure.exit_status
     finally:
         del store
     return 0
+
+
+@contextlib.contextmanager
+def _following(job: Job, folder: Path) -> Iterator[None]:
+    """Show what the ranks write into their files, where that was asked for."""
+    if job.tee is None:
+        yield
+        return
+    follower = Follower(folder, None if job.tee == "all" else job.tee)
+    try:
+        yield
+    finally:
+        follower.stop()
 
 
 def _tell_if_nobody_joined(job: Job, folder: Path) -> None:
@@ -103,6 +121,8 @@ def _launch(job: Job, config: LaunchConfig, folder: Path) -> None:
         launcher="torchrun",
         flags=job.flags,
         dry_run=job.dry_run,
+        log_dir=_log_dir(job, folder),
+        timeout=job.timeout,
         parent=os.getpid(),
     )
     if job.fresh:
@@ -120,6 +140,13 @@ def _launch(job: Job, config: LaunchConfig, folder: Path) -> None:
     # All ranks of a node are requested at once; the fork server answers one after another.
     os.environ.setdefault("TORCH_MP_PARALLEL_START", "1")
     elastic_launch(config, work)(script)
+
+
+def _log_dir(job: Job, folder: Path) -> str:
+    if job.log_dir is not None:
+        return os.path.abspath(job.log_dir)
+    # What is only shown need not stay.
+    return str(folder / "output") if job.tee is not None else ""
 
 
 def _config(job: Job, endpoint: str, folder: Path) -> LaunchConfig:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import click
 
@@ -39,6 +40,9 @@ _NEED_DEVICES = (
     "rdzv_backend",
     "rdzv_endpoint",
     "no_preload",
+    "log_dir",
+    "tee",
+    "timeout",
 )
 
 
@@ -53,6 +57,9 @@ class Job:
         processes: on this node.
         dry_run: whether one batch of every loader is enough.
         preload: modules that the fork server imports once.
+        log_dir: where each rank has a file for its output; None: it goes to the terminal.
+        tee: ranks whose output is shown too, each line behind its rank; None: nobody's.
+        timeout: seconds that a collective may take; None: as long as the strategy allows.
     """
 
     script: str
@@ -70,6 +77,9 @@ class Job:
     rdzv_endpoint: str | None
     fresh: bool
     run_id: str
+    log_dir: str | None = None
+    tee: tuple[int, ...] | Literal["all"] | None = None
+    timeout: float | None = None
 
 
 @click.command(
@@ -98,6 +108,13 @@ class Job:
 @click.option("--max-restarts", type=click.IntRange(min=0), help="After failures. Default: 0.")
 @click.option("--rdzv-backend", help="How several nodes meet: static (default), c10d, …")
 @click.option("--rdzv-endpoint", help="Where they meet: HOST:PORT.")
+@click.option("--log-dir", help="Folder: each rank writes its output to rank-N.log there.")
+@click.option("--tee", help="Ranks (0,2 or all) whose output is shown behind [rank N].")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Seconds for a collective; past it, every rank's stacks are written and the run ends.",
+)
 @click.option("--dry-run", is_flag=True, help="Stop after one batch of every loader.")
 @click.option("--no-preload", is_flag=True, default=None, help="Start fresh interpreters.")
 def run(script: str, arguments: tuple[str, ...], dry_run: bool, **options: Any) -> None:
@@ -145,6 +162,9 @@ def run(script: str, arguments: tuple[str, ...], dry_run: bool, **options: Any) 
         # Elsewhere than on Linux a process that has used the system's libraries cannot be forked.
         fresh=bool(given.get("no_preload")) or sys.platform != "linux",
         run_id=_run_id(request, given),
+        log_dir=given.get("log_dir"),
+        tee=_ranks_shown(given.get("tee")),
+        timeout=given.get("timeout"),
     )
     _check_nodes(job)
     if not job.fresh:
@@ -162,6 +182,17 @@ def _run_id(request: RunRequest, given: dict[str, Any]) -> str:
         return uuid.uuid4().hex[:16]
     where = (given.get("rdzv_endpoint"), given.get("main_address"), given.get("main_port"))
     return "-".join(["torchweft", *(str(part) for part in where if part is not None)])
+
+
+def _ranks_shown(text: str | None) -> tuple[int, ...] | Literal["all"] | None:
+    if text is None or text == "all":
+        return "all" if text else None
+    if not re.fullmatch(r"[0-9]+(,[0-9]+)*", text):
+        raise InvalidRequest(
+            f"--tee takes ranks as in '0,2', or 'all'; it was given '{text}'. The folder for the "
+            "files is --log-dir"
+        )
+    return tuple(int(part) for part in text.split(","))
 
 
 def _check_script(script: str) -> None:

@@ -32,6 +32,7 @@ from torchweft.process.failure import (
 from torchweft.process.files import close_files, flush_files, flush_streams, write_error
 from torchweft.process.guard import end_like, fork_guarded
 from torchweft.process.marks import Marks
+from torchweft.process.output import HEADING, Output, outputs, redirect_output
 from torchweft.process.script import run_script
 from torchweft.process.signals import (
     ENDING,
@@ -44,15 +45,18 @@ from torchweft.process.signals import (
     interrupt_patience,
     respected,
 )
-from torchweft.process.stacks import read_stacks, stacks_file, tell_stacks
+from torchweft.process.stacks import Stacks, read_stacks, stacks_file, tell_stacks
 
 __all__ = [
     "ENDING",
     "ERROR_FILE",
     "GRACE",
+    "HEADING",
     "LONG_GRACE",
     "Marks",
     "NOTICE",
+    "Output",
+    "Stacks",
     "as_main_process",
     "become_rank",
     "claim",
@@ -77,11 +81,13 @@ __all__ = [
     "interrupt_patience",
     "joined_file",
     "open_stdin",
+    "outputs",
     "own_the_end",
     "read_stacks",
     "record_done",
     "record_failure",
     "record_joined",
+    "redirect_output",
     "respected",
     "run_script",
     "served",

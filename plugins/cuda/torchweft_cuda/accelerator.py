@@ -53,6 +53,14 @@ class CUDA(Accelerator):
         """Restore it."""
         torch.cuda.set_rng_state(state)
 
+    def flight_records(self, *, operations: bool) -> list[str]:
+        """Of nccl too, where this torch has it."""
+        records = super().flight_records(operations=operations)
+        dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace_json", None)
+        if dump is not None:
+            records.append(bytes(dump(operations, False)).decode("utf-8", "replace"))
+        return records
+
     def memory(self) -> dict[str, int]:
         """Bytes that ``torch.cuda``'s functions of these names, after ``memory_``, count."""
         return {

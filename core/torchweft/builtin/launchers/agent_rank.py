@@ -79,6 +79,8 @@ def _enter(script: Script) -> None:
         script.stdin.take() if first else script.stdin.leave()
     if not first:
         process.close_stdin()
+    if script.handoff.log_dir:
+        process.redirect_output(script.handoff.log_dir, script.folder)
     process.as_main_process()
     os.environ.update(replace(script.handoff, pid=os.getpid(), parent=None).to_environ())
     process.share_threads(int(os.environ["LOCAL_WORLD_SIZE"]))
