@@ -35,13 +35,14 @@ from torchweft.request import RunRequest
 from torchweft.resolve import resolve
 from torchweft.seed import Streams, seed_everything, seed_of_rank
 from torchweft.setups import Setups, check_can, set_up_module, set_up_optimizer
+from torchweft.stopping import Stopping
 
 __all__ = ["Fabric"]
 
 T = TypeVar("T")
 
 #: Attributes of a Fabric that belong to one process.
-_LIVE = ("_manager", "_parts", "_live", "_set_up", "_groups", "_dry_run", "_bars")
+_LIVE = ("_manager", "_parts", "_live", "_set_up", "_groups", "_dry_run", "_bars", "_stopping")
 
 
 class _OrOfTheClass:
@@ -136,6 +137,7 @@ class Fabric:
         self._groups = Groups()
         self._backward_open = [False]
         self._set_up: Setups | None = None
+        self._stopping: Stopping | None = None
 
     def _take_object(self, kind: str, value: Any) -> Any:
         """Move a live object from its argument to the given ones; names stay."""
@@ -273,6 +275,19 @@ class Fabric:
                 )
             live = self._join(stay=True)
         return live.run
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the run was told to stop, so that the loop can save and leave.
+
+        True in all processes at the same step once any of them got ``SIGTERM``, or what a
+        scheduler sends before it ends a job (``SIGUSR1``, ``SIGUSR2``), and from then on. Those
+        signals end a process until this was asked for the first time. Ask once in every step, in
+        every process: the answer is that of the question before, so that nobody waits for it.
+        """
+        if self._stopping is None:
+            self._stopping = Stopping(self._run("should_stop").collectives)
+        return self._stopping.ask()
 
     # -- who and where ---------------------------------------------------------------------------
 

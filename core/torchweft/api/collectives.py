@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,16 @@ class Collectives(ABC):
     def barrier(self) -> None:
         """Return when every process has called it."""
 
+    def begin_any(self, flag: bool) -> Callable[[], bool]:
+        """Begin to find out whether ``flag`` is true in any process.
+
+        The function that comes back waits for the answer, the same in all processes. Overridden
+        where it need not be waited for in between.
+        """
+        token = torch.tensor(float(flag))
+        answer = bool(self.all_reduce(token, "max").item())
+        return lambda: answer
+
 
 class Alone(Collectives):
     """The collectives of a single process."""
@@ -90,6 +101,20 @@ class ProcessGroup(Collectives):
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._on_host: Any = None
+
+    def begin_any(self, flag: bool) -> Callable[[], bool]:
+        """Between the hosts' memories, in a group of its own: no device is waited for."""
+        if self._on_host is None:
+            self._on_host = dist.new_group(backend="gloo")
+        token = torch.tensor([flag], dtype=torch.uint8)
+        work = dist.all_reduce(token, dist.ReduceOp.MAX, group=self._on_host, async_op=True)
+
+        def answer() -> bool:
+            work.wait()
+            return bool(token.item())
+
+        return answer
 
     def broadcast(self, value: Any, src: int = 0) -> Any:
         """The ``value`` of rank ``src``; a plain tensor is sent without being pickled."""

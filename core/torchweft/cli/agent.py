@@ -9,12 +9,14 @@ import multiprocessing
 import multiprocessing.util
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -71,6 +73,7 @@ def drive(job: Job) -> NoReturn:
 def _drive(job: Job, folder: Path) -> int:
     store, endpoint = _host_store(job)
     try:
+        _pass_notices_on(folder)
         with _following(job, folder):
             _launch(job, _config(job, endpoint, folder), folder)
         _tell_if_nobody_joined(job, folder)
@@ -84,6 +87,22 @@ def _drive(job: Job, folder: Path) -> int:
     finally:
         del store
     return 0
+
+
+def _pass_notices_on(folder: Path) -> None:
+    """What a scheduler sends before it ends a job is the ranks' to know."""
+
+    def send(number: int, frame: FrameType | None) -> None:
+        attempt = folder / "*" / f"attempt_{_last_attempt(folder)}" / "*"
+        for file in _beside(attempt, process.stacks_file):
+            stacks = process.read_stacks(file)
+            if stacks is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(stacks.pid, number)
+
+    for number in process.NOTICE:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, send)
 
 
 @contextlib.contextmanager

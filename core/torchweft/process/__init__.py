@@ -45,7 +45,7 @@ from torchweft.process.signals import (
     interrupt_patience,
     respected,
 )
-from torchweft.process.stacks import Stacks, read_stacks, stacks_file, tell_stacks
+from torchweft.process.stacks import Stacks, mind_end, read_stacks, stacks_file, tell_stacks
 
 __all__ = [
     "ENDING",
@@ -80,6 +80,7 @@ __all__ = [
     "interpreter_flags",
     "interrupt_patience",
     "joined_file",
+    "mind_end",
     "open_stdin",
     "outputs",
     "own_the_end",

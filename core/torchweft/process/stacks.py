@@ -14,12 +14,15 @@ import re
 import signal
 import socket
 import sysconfig
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from torchweft.process.begin import ERROR_FILE
 
-__all__ = ["Stacks", "read_stacks", "stacks_file", "tell_stacks"]
+__all__ = ["Stacks", "mind_end", "read_stacks", "stacks_file", "tell_stacks"]
 
 _FRAME = re.compile(r'^\s*File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
 
@@ -67,6 +70,18 @@ def tell_stacks() -> None:
 
         # A DataLoader's worker that is ended is no news of the rank.
         os.register_at_fork(after_in_child=in_child)
+
+
+def mind_end(handler: Callable[[int, FrameType | None], None]) -> None:
+    """Call ``handler`` for ``SIGTERM`` in place of ending, behind what ``tell_stacks`` arranged."""
+    # It says whether there was one, which its types do not know.
+    told: Any = faulthandler.unregister(signal.SIGTERM)  # type: ignore[func-returns-value]
+    signal.signal(signal.SIGTERM, handler)
+    path = os.environ.get(ERROR_FILE)
+    if told and path:
+        with contextlib.suppress(OSError):
+            file = open(stacks_file(Path(path)), "a", encoding="utf-8")  # noqa: SIM115
+            faulthandler.register(signal.SIGTERM, file=file, chain=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
