@@ -33,6 +33,7 @@ class Stopping:
             process.mind_end(self._handler(signal.SIGTERM))
             for number in process.NOTICE:
                 signal.signal(number, self._handler(number))
+            process.record_minding()
 
     def _handler(self, number: int) -> Callable[[int, FrameType | None], None]:
         before: Any = signal.getsignal(number)

@@ -10,23 +10,24 @@ import multiprocessing.util
 import os
 import shutil
 import signal
-import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousTimeoutError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from torchweft import process
 from torchweft.builtin.launchers.agent_rank import Script, Stdin, work
 from torchweft.cli.following import Follower
+from torchweft.cli.nodes import Meeting, meet
 from torchweft.errors import RankFailed, TorchweftError
 from torchweft.failures import read_failure, report
 from torchweft.handoff import Handoff
@@ -42,9 +43,6 @@ _FRESH = (
     "import sys; sys.path[:1] = sys.path[:1] if sys.path[0] else []; "
     "from torchweft.fresh import main; main()"
 )
-
-#: The port on which nodes meet when none is named, as torchrun's c10d.
-_PORT = 29400
 
 
 def drive(job: Job) -> NoReturn:
@@ -71,12 +69,15 @@ def drive(job: Job) -> NoReturn:
 
 
 def _drive(job: Job, folder: Path) -> int:
-    store, endpoint = _host_store(job)
+    meeting = meet(job)
     try:
-        _pass_notices_on(folder)
+        notices = _Notices(job, folder)
+        _meet_anew(job)
         with _following(job, folder):
-            _launch(job, _config(job, endpoint, folder), folder)
+            _launch(job, _config(job, meeting, folder), folder, _network(meeting))
         _tell_if_nobody_joined(job, folder)
+        if notices.told:
+            return 128 + signal.SIGTERM
     except ChildFailedError as error:
         failure = _describe(error, job, folder)
         process.write_error(f"torchweft: {failure}\n")
@@ -84,25 +85,63 @@ def _drive(job: Job, folder: Path) -> int:
             path = os.path.join(os.path.abspath(job.log_dir), f"rank-{failure.rank}.log")
             process.write_error(f"its output: {path}\n")
         return failure.exit_status
+    except RendezvousError as error:
+        raise TorchweftError(_never_met(job, error)) from error
     finally:
-        del store
+        meeting.store = None
     return 0
 
 
-def _pass_notices_on(folder: Path) -> None:
-    """What a scheduler sends before it ends a job is the ranks' to know."""
+def _never_met(job: Job, error: RendezvousError) -> str:
+    least = job.num_nodes[0] if isinstance(job.num_nodes, tuple) else job.num_nodes
+    where = f"--rdzv-endpoint {job.rdzv_endpoint}" if job.rdzv_endpoint else "--main-address"
+    if isinstance(error, RendezvousTimeoutError):
+        return (
+            f"fewer than {least} nodes had met at {where} after {job.join_timeout:g} s "
+            "(--join-timeout); start the same command on the others, or lower --num-nodes to what "
+            "there is"
+        )
+    return (
+        f"the nodes could not meet at {where}: {error}; one of them has that address and listens "
+        "there, and every other one has to reach it"
+    )
 
-    def send(number: int, frame: FrameType | None) -> None:
-        attempt = folder / "*" / f"attempt_{_last_attempt(folder)}" / "*"
-        for file in _beside(attempt, process.stacks_file):
+
+class _Notices:
+    """Tells the ranks what is theirs to know: that the job is about to end, or shall.
+
+    torch's agent would end its ranks and go, and the agents of other nodes, whose ranks stop at the
+    same step, would wait for it for minutes.
+
+    Attributes:
+        told: whether the job was told to end and its ranks leave by themselves.
+    """
+
+    def __init__(self, job: Job, folder: Path) -> None:
+        self.told = False
+        self._processes = job.processes
+        self._folder = folder
+        for number in (*process.NOTICE, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._end if number == signal.SIGTERM else self._send)
+
+    def _send(self, number: int, frame: FrameType | None) -> None:
+        for file in _beside(_attempt(self._folder), process.stacks_file):
             stacks = process.read_stacks(file)
             if stacks is not None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(stacks.pid, number)
 
-    for number in process.NOTICE:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, send)
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        minding = _beside(_attempt(self._folder), process.minding_file)
+        if self.told or len(minding) < self._processes:
+            raise SignalException(f"process {os.getpid()} got {number}", signal.Signals(number))
+        self.told = True
+        # Who is told again does not ask again.
+        again = threading.Timer(process.LONG_GRACE, os.kill, (os.getpid(), number))
+        again.daemon = True
+        again.start()
+        self._send(number, frame)
 
 
 @contextlib.contextmanager
@@ -134,7 +173,24 @@ def _end_fork_server() -> None:
         multiprocessing.util._run_finalizers()  # type: ignore[attr-defined]
 
 
-def _launch(job: Job, config: LaunchConfig, folder: Path) -> None:
+def _network(meeting: Meeting) -> dict[str, str]:
+    """What ranks on several nodes are told of the network, unless the user did."""
+    # gloo goes by the computer's name, which often means loopback.
+    told = {"GLOO_SOCKET_IFNAME": meeting.interface} if meeting.interface else {}
+    return {name: value for name, value in told.items() if name not in os.environ}
+
+
+def _meet_anew(job: Job) -> None:
+    """Have torch's agent tell every round of a rendezvous where rank 0's store is.
+
+    It would tell the first round alone, so that a node which comes later waits for it in vain, and
+    one that stays goes on to ask a node that has gone.
+    """
+    if job.rdzv_endpoint:
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+
+
+def _launch(job: Job, config: LaunchConfig, folder: Path, environ: dict[str, str]) -> None:
     handoff = Handoff(
         run_id=job.run_id,
         launcher="torchrun",
@@ -145,7 +201,7 @@ def _launch(job: Job, config: LaunchConfig, folder: Path) -> None:
         parent=os.getpid(),
     )
     if job.fresh:
-        os.environ.update(handoff.to_environ())
+        os.environ.update({**environ, **handoff.to_environ()})
         program = [*process.interpreter_flags(), "-c", _FRESH, str(folder), job.script]
         elastic_launch(config, sys.executable)(*program, *job.arguments)
         return
@@ -155,6 +211,7 @@ def _launch(job: Job, config: LaunchConfig, folder: Path) -> None:
         handoff=handoff,
         folder=str(folder),
         stdin=_stdin(),
+        environ=environ,
     )
     # All ranks of a node are requested at once; the fork server answers one after another.
     os.environ.setdefault("TORCH_MP_PARALLEL_START", "1")
@@ -168,61 +225,34 @@ def _log_dir(job: Job, folder: Path) -> str:
     return str(folder / "output") if job.tee is not None else ""
 
 
-def _config(job: Job, endpoint: str, folder: Path) -> LaunchConfig:
+def _config(job: Job, meeting: Meeting, folder: Path) -> LaunchConfig:
     least, most = job.num_nodes if isinstance(job.num_nodes, tuple) else (job.num_nodes,) * 2
-    configs: dict[str, Any] = {}
-    if (job.rdzv_backend or "static") == "static":
-        configs["rank"] = job.node_rank
     return LaunchConfig(
         min_nodes=least,
         max_nodes=most,
         nproc_per_node=job.processes,
         run_id=job.run_id,
         rdzv_backend=job.rdzv_backend or "static",
-        rdzv_endpoint=endpoint,
-        rdzv_configs=configs,
+        rdzv_endpoint=meeting.endpoint,
+        rdzv_configs=meeting.configs,
         max_restarts=job.max_restarts,
         monitor_interval=0.05,
         start_method="forkserver",
         logs_specs=DefaultLogsSpecs(log_dir=str(folder)),
-        local_addr="127.0.0.1" if most == 1 else None,
+        local_addr="127.0.0.1" if most == 1 else meeting.address or None,
         **_signals(),
     )
 
 
 def _signals() -> dict[str, Any]:
     """Those that the agent obeys: what ``nohup`` has switched off stays so."""
-    names = ",".join(number.name for number in process.respected())
+    # SIGTERM is minded here.
+    minded = [number for number in process.respected() if number != signal.SIGTERM]
+    names = ",".join(number.name for number in minded)
     # An older torch reads the variable alone, a newer one overwrites it.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = names
     known = {field.name for field in fields(LaunchConfig)}
     return {"signals_to_handle": names} if "signals_to_handle" in known else {}
-
-
-def _host_store(job: Job) -> tuple[Any, str]:
-    """On one node, listen on loopback before the agent would listen everywhere."""
-    if job.rdzv_endpoint:
-        return None, job.rdzv_endpoint
-    address = job.main_address or "127.0.0.1"
-    if job.num_nodes != 1:
-        return None, f"{address}:{job.main_port or _PORT}"
-    try:
-        listener = socket.create_server((address, job.main_port or 0), backlog=1024)
-    except OSError as error:
-        raise TorchweftError(
-            f"cannot listen on {address}:{job.main_port or 0}: {error.strerror}; choose another "
-            "--main-port, or leave it out and a free one is taken"
-        ) from error
-    port = listener.getsockname()[1]
-    store = TCPStore(
-        address,
-        port,
-        is_master=True,
-        wait_for_workers=False,
-        multi_tenant=True,
-        master_listen_fd=listener.detach(),
-    )
-    return store, f"{address}:{port}"
 
 
 def _stdin() -> Stdin | None:
@@ -239,7 +269,7 @@ def _describe(error: ChildFailedError, job: Job, folder: Path) -> RankFailed:
     codes = Marks(str(folder), _last_attempt(folder)).read()
     if not any(codes.values()):
         codes |= {rank: failure.exitcode for rank, failure in error.failures.items()}
-    attempt = folder / "*" / f"attempt_{_last_attempt(folder)}" / "*"
+    attempt = _attempt(folder)
     files: dict[int, Path] = {}
     for file in _beside(attempt, process.stacks_file):
         stacks = process.read_stacks(file)
@@ -265,6 +295,11 @@ def _describe(error: ChildFailedError, job: Job, folder: Path) -> RankFailed:
         if stacks is not None and rank not in codes and rank not in done
     }
     return report(failures, most * job.processes, done, meanwhile)
+
+
+def _attempt(folder: Path) -> Path:
+    """A pattern for the folders of the last attempt's ranks."""
+    return folder / "*" / f"attempt_{_last_attempt(folder)}" / "*"
 
 
 def _beside(attempt: Path, named: Callable[[Path], Path]) -> list[Path]:

@@ -39,11 +39,16 @@ _NEED_DEVICES = (
     "max_restarts",
     "rdzv_backend",
     "rdzv_endpoint",
+    "rdzv_conf",
+    "join_timeout",
     "no_preload",
     "log_dir",
     "tee",
     "timeout",
 )
+
+#: Seconds that nodes wait for each other, as torch's agent does.
+_JOIN_TIMEOUT = 600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +80,8 @@ class Job:
     max_restarts: int
     rdzv_backend: str | None
     rdzv_endpoint: str | None
+    rdzv_conf: tuple[tuple[str, str], ...]
+    join_timeout: float
     fresh: bool
     run_id: str
     log_dir: str | None = None
@@ -108,6 +115,12 @@ class Job:
 @click.option("--max-restarts", type=click.IntRange(min=0), help="After failures. Default: 0.")
 @click.option("--rdzv-backend", help="How several nodes meet: static (default), c10d, …")
 @click.option("--rdzv-endpoint", help="Where they meet: HOST:PORT.")
+@click.option("--rdzv-conf", help="More for the backend: last_call_timeout=5,read_timeout=60.")
+@click.option(
+    "--join-timeout",
+    type=click.FloatRange(min=1),
+    help="Seconds that nodes wait for each other. Default: 600.",
+)
 @click.option("--log-dir", help="Folder: each rank writes its output to rank-N.log there.")
 @click.option("--tee", help="Ranks (0,2 or all) whose output is shown behind [rank N].")
 @click.option(
@@ -159,6 +172,8 @@ def run(script: str, arguments: tuple[str, ...], dry_run: bool, **options: Any) 
         max_restarts=given.get("max_restarts", 0),
         rdzv_backend=given.get("rdzv_backend"),
         rdzv_endpoint=given.get("rdzv_endpoint"),
+        rdzv_conf=_pairs(given.get("rdzv_conf")),
+        join_timeout=given.get("join_timeout", _JOIN_TIMEOUT),
         # Elsewhere than on Linux a process that has used the system's libraries cannot be forked.
         fresh=bool(given.get("no_preload")) or sys.platform != "linux",
         run_id=_run_id(request, given),
@@ -182,6 +197,17 @@ def _run_id(request: RunRequest, given: dict[str, Any]) -> str:
         return uuid.uuid4().hex[:16]
     where = (given.get("rdzv_endpoint"), given.get("main_address"), given.get("main_port"))
     return "-".join(["torchweft", *(str(part) for part in where if part is not None)])
+
+
+def _pairs(text: str | None) -> tuple[tuple[str, str], ...]:
+    parts = [part.partition("=") for part in text.split(",")] if text else []
+    wrong = [name for name, equals, _ in parts if not (name and equals)]
+    if wrong:
+        raise InvalidRequest(
+            f"--rdzv-conf takes 'key=value,key=value'; it was given '{text}', where '{wrong[0]}' "
+            "has no value"
+        )
+    return tuple((name.strip(), value.strip()) for name, _, value in parts)
 
 
 def _ranks_shown(text: str | None) -> tuple[int, ...] | Literal["all"] | None:

@@ -25,9 +25,11 @@ from torchweft.process.failure import (
     done_file,
     format_error,
     joined_file,
+    minding_file,
     record_done,
     record_failure,
     record_joined,
+    record_minding,
 )
 from torchweft.process.files import close_files, flush_files, flush_streams, write_error
 from torchweft.process.guard import end_like, fork_guarded
@@ -81,6 +83,7 @@ __all__ = [
     "interrupt_patience",
     "joined_file",
     "mind_end",
+    "minding_file",
     "open_stdin",
     "outputs",
     "own_the_end",
@@ -88,6 +91,7 @@ __all__ = [
     "record_done",
     "record_failure",
     "record_joined",
+    "record_minding",
     "redirect_output",
     "respected",
     "run_script",

@@ -19,9 +19,11 @@ __all__ = [
     "done_file",
     "format_error",
     "joined_file",
+    "minding_file",
     "record_done",
     "record_failure",
     "record_joined",
+    "record_minding",
 ]
 
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
@@ -47,6 +49,16 @@ def joined_file(error_file: Path) -> Path:
 def done_file(error_file: Path) -> Path:
     """What appears beside a rank's error file once the rank takes part in nothing any more."""
     return error_file.with_name(f"{error_file.name}.done")
+
+
+def minding_file(error_file: Path) -> Path:
+    """What appears beside a rank's error file once it leaves by itself when it is told to end."""
+    return error_file.with_name(f"{error_file.name}.minding")
+
+
+def record_minding() -> None:
+    """Tell the supervisor that this process minds being told to end, and leaves by itself."""
+    _touch(minding_file)
 
 
 def record_joined() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from multiprocessing import reduction
 from typing import Any
@@ -45,6 +46,7 @@ class Script:
         handoff: what the command tells its ranks.
         folder: of the run, on this node.
         stdin: for local rank 0; None where the command has none.
+        environ: further variables; the fork server was started before they were known.
     """
 
     path: str
@@ -52,6 +54,7 @@ class Script:
     handoff: Handoff
     folder: str
     stdin: Stdin | None
+    environ: Mapping[str, str]
 
 
 def work(script: Script) -> None:
@@ -82,5 +85,6 @@ def _enter(script: Script) -> None:
     if script.handoff.log_dir:
         process.redirect_output(script.handoff.log_dir, script.folder)
     process.as_main_process()
+    os.environ.update(script.environ)
     os.environ.update(replace(script.handoff, pid=os.getpid(), parent=None).to_environ())
     process.share_threads(int(os.environ["LOCAL_WORLD_SIZE"]))

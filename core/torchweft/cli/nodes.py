@@ -1,0 +1,231 @@
+"""Where the agents of several nodes meet, and who is missing there."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import socket
+import struct
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+from torchweft.errors import InvalidRequest, TorchweftError, listed
+
+if TYPE_CHECKING:
+    from torchweft.cli.run import Job
+
+__all__ = ["Meeting", "meet"]
+
+#: The port on which nodes meet when none is named, as torchrun's c10d.
+_PORT = 29400
+_TICK = 0.05
+#: Linux's request for the address of an interface.
+_SIOCGIFADDR = 0x8915
+#: Seconds for which a node waits longer than node 0, which then says who is missing.
+_LATER = 5.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Meeting:
+    """Where nodes meet.
+
+    Attributes:
+        endpoint: ``host:port`` for the agent.
+        configs: of its rendezvous.
+        store: kept for as long as the run lasts; None where the agent makes it.
+        address: of this node, by which the others reach it; empty on one node.
+        interface: that has it; empty where it is not known.
+    """
+
+    endpoint: str
+    configs: dict[str, Any] = field(default_factory=dict)
+    store: Any = None
+    address: str = ""
+    interface: str = ""
+
+
+def meet(job: Job) -> Meeting:
+    """Find or open the place, and wait until the other nodes of a fixed number are there.
+
+    Raises ``InvalidRequest`` for an address that does not resolve and ``TorchweftError`` for a port
+    that is taken, a node 0 that does not answer, or nodes that do not come in time.
+    """
+    limit = int(job.join_timeout)
+    configs: dict[str, Any] = {"join_timeout": limit, "timeout": limit, **dict(job.rdzv_conf)}
+    if job.rdzv_endpoint:
+        host, _, port = job.rdzv_endpoint.rpartition(":")
+        host = host.strip("[]") or job.rdzv_endpoint
+        _check_resolves(host, f"--rdzv-endpoint {job.rdzv_endpoint}")
+        number = int(port) if port.isdigit() else _PORT
+        if job.rdzv_backend == "c10d":
+            # torch goes by the computer's name, which may be that of another interface or none.
+            configs.setdefault("is_host", _may_host(host, number))
+        return _from_here(Meeting(endpoint=f"{host}:{number}", configs=configs), host)
+    address = job.main_address or "127.0.0.1"
+    _check_resolves(address, f"--main-address {address}")
+    configs["rank"] = job.node_rank
+    if job.num_nodes == 1:
+        store, port_ = _listen(address, job.main_port or 0)
+        return Meeting(endpoint=f"{address}:{port_}", configs=configs, store=store)
+    assert isinstance(job.num_nodes, int)  # an elastic number has no static rendezvous
+    number = job.main_port or _PORT
+    deadline = time.monotonic() + job.join_timeout
+    if job.node_rank == 0:
+        store, _ = _listen(address, number)
+        _await_all(PrefixStore("torchweft/nodes", store), job, deadline)
+    else:
+        store = _connect(address, number, job, deadline)
+        _arrive(PrefixStore("torchweft/nodes", store), job, deadline)
+    meeting = Meeting(endpoint=f"{address}:{number}", configs=configs, store=store)
+    return _from_here(meeting, address)
+
+
+def _from_here(meeting: Meeting, host: str) -> Meeting:
+    """How this node is reached: on the way to the others, whatever its name resolves to."""
+    family, _, _, _, there = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(there)  # sends nothing
+        meeting.address = probe.getsockname()[0]
+        meeting.interface = _interface(meeting.address)
+    return meeting
+
+
+def _interface(address: str) -> str:
+    """The name of the network interface with that address; empty where the system does not tell."""
+    if ":" in address:
+        digits = socket.inet_pton(socket.AF_INET6, address.partition("%")[0]).hex()
+        with contextlib.suppress(OSError):
+            for line in Path("/proc/net/if_inet6").read_text().splitlines():
+                if line.startswith(digits):
+                    return line.split()[-1]
+        return ""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):
+                asked = struct.pack("256s", name.encode()[:15])
+                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, asked)
+                if socket.inet_ntoa(answer[20:24]) == address:
+                    return name
+    return ""
+
+
+def _check_resolves(host: str, said: str) -> None:
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as error:
+        raise InvalidRequest(
+            f"{said}: '{host}' does not resolve here ({error.strerror or error}); give an address "
+            "by which this node reaches it, or see /etc/hosts and the name service"
+        ) from error
+
+
+def _may_host(host: str, port: int) -> bool:
+    """Whether that is an address of this node, on which nobody listens yet."""
+    with contextlib.suppress(OSError), _bound(host, port):
+        return True
+    return False
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    made = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+    except OSError:
+        made.close()
+        raise
+    return made
+
+
+def _listen(address: str, port: int) -> tuple[Any, int]:
+    """A store on that address alone; on all, where this node knows it by another one."""
+    try:
+        try:
+            listener = _bound(address, port)
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+            listener = _bound("0.0.0.0", port)
+        listener.listen(1024)
+    except OSError as error:
+        raise TorchweftError(
+            f"cannot listen on {address}:{port}: {error.strerror}; choose another "
+            "--main-port, or leave it out on one node and a free one is taken"
+        ) from error
+    number = listener.getsockname()[1]
+    store = TCPStore(
+        address,
+        number,
+        is_master=True,
+        wait_for_workers=False,
+        multi_tenant=True,
+        master_listen_fd=listener.detach(),
+    )
+    return store, number
+
+
+def _connect(address: str, port: int, job: Job, deadline: float) -> Any:
+    """The store of node 0, once it answers."""
+    said = "it never answered"
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection((address, port), timeout=2).close()
+        except OSError as error:
+            said = error.strerror or str(error)
+            time.sleep(_TICK)
+            continue
+        limit = timedelta(seconds=max(deadline - time.monotonic(), 1))
+        return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=limit)
+    raise TorchweftError(
+        f"node {job.node_rank} of {job.num_nodes} cannot reach node 0 at {address}:{port} "
+        f"(--main-address, --main-port) after {job.join_timeout:g} s: {said}; start the command "
+        "with --node-rank 0 there, see that no firewall is between, or raise --join-timeout"
+    )
+
+
+def _await_all(store: Any, job: Job, deadline: float) -> None:
+    """At node 0, until every node has come."""
+    missing = list(range(1, job.num_nodes if isinstance(job.num_nodes, int) else 1))
+    while True:
+        missing = [rank for rank in missing if not store.check([str(rank)])]
+        if not missing:
+            store.set("all", "")
+            return
+        if time.monotonic() > deadline:
+            break
+        time.sleep(_TICK)
+    who = listed([str(rank) for rank in missing])
+    told = (
+        f"{len(missing)} of {job.num_nodes} nodes did not come within {job.join_timeout:g} s "
+        f"(--join-timeout): --node-rank {who}; start the command there too, with --main-address "
+        f"{job.main_address} and --main-port {job.main_port or _PORT}"
+    )
+    store.set("missing", told)
+    time.sleep(2 * _TICK)  # the others read it from this process
+    raise TorchweftError(told)
+
+
+def _arrive(store: Any, job: Job, deadline: float) -> None:
+    """At another node: say so, and wait for the rest."""
+    if store.add(str(job.node_rank), 1) > 1:
+        raise TorchweftError(
+            f"another node has come as --node-rank {job.node_rank} already; give each of the "
+            f"{job.num_nodes} nodes a number of its own, from 0"
+        )
+    told = "node 0 went away while it waited for the others"
+    with contextlib.suppress(RuntimeError):
+        while time.monotonic() < deadline + _LATER:
+            if store.check(["all"]):
+                return
+            if store.check(["missing"]):
+                told = store.get("missing").decode()
+                break
+            time.sleep(_TICK)
+    raise TorchweftError(told)
