@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pytest
-
 from tests.core.fresh_python import python
 
 RAISE = """
@@ -13,7 +12,8 @@ def script():
     raise {error}
 script()
 """
-LOST = "RuntimeError('[pair.cc:553] Connection closed by peer [10.0.0.1]:16613. ' + 'Advice. ' * 40)"
+HAPPENED = "[pair.cc:553] Connection closed by peer [10.0.0.1]:16613. "
+LOST = f"RuntimeError({HAPPENED!r} + 'Advice. ' * 40)"
 
 
 def printed(error: str, trace: str | None = None) -> tuple[int, str]:
@@ -26,7 +26,7 @@ def test_a_rank_that_lost_another_one_says_so_in_a_line() -> None:
     assert status == 1
     assert words.startswith(
         "torchweft: rank 1 of 4 ends because it lost another rank, which says why it failed "
-        "(RuntimeError: [pair.cc:553] Connection closed by peer [10.0.0.1]:16613. Advice. "
+        f"(RuntimeError: {HAPPENED}Advice. "
     )
     assert words.endswith(" …); TORCHWEFT_TRACE=1 shows where\n")
     assert len(words.splitlines()) == 1

@@ -250,20 +250,26 @@ def test_the_launcher_says_how_to_have_another_number_of_nodes(
         (
             None,
             1,
-            "grid started this process with 4 per node, but accelerator 'cuda' has 1 (0) here; "
-            "write --share=4, or write --tasks=1",
+            (
+                "grid started this process with 4 per node, but accelerator 'cuda' has 1 (0) here; "
+                "write --share=4, or write --tasks=1"
+            ),
         ),
         (
             4,
             2,
-            "devices=4 was asked for, but accelerator 'cuda' has 2 (0, 1) here; write --share=4, "
-            "or write --tasks=2",
+            (
+                "devices=4 was asked for, but accelerator 'cuda' has 2 (0, 1) here; write "
+                "--share=4, or write --tasks=2"
+            ),
         ),
         (
             None,
             0,
-            "grid started this process with 4 per node, but accelerator 'cuda' has none here; "
-            "write --share=4",
+            (
+                "grid started this process with 4 per node, but accelerator 'cuda' has none here; "
+                "write --share=4"
+            ),
         ),
     ],
 )
