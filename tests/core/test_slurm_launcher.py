@@ -77,8 +77,7 @@ fabric.launch()
 print(torch.get_num_threads(), os.environ["OMP_NUM_THREADS"])
 print(*(os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
 print(Fabric(accelerator="cpu").plan.launcher.name)
-print(os.popen(f"{sys.executable} -c 'from torchweft import Fabric; "
-    "print(Fabric(accelerator=\\"cpu\\").plan.launcher.name)'").read().strip())
+print(os.popen(f"{sys.executable} -m torchweft plan --accelerator cpu | head -n 1").read(), end="")
 """
 ONE = {
     **PAIR,
@@ -96,7 +95,12 @@ ONE = {
 def test_a_rank_enters() -> None:
     done = python(ENTER, environ=ONE)
     # What a rank starts is no rank.
-    assert done.stdout.splitlines() == ["1 1", "0 1 0 1", "slurm", "inline"], done.stderr
+    assert done.stdout.splitlines() == [
+        "1 1",
+        "0 1 0 1",
+        "slurm",
+        "single_device on 1 x cpu, 32-true, launched by inline",
+    ], done.stderr
 
 
 @pytest.mark.parametrize(

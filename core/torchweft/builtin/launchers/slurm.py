@@ -16,10 +16,13 @@ from torchweft.builtin.launchers.nodelist import hosts
 from torchweft.builtin.launchers.slurm_step import Step
 from torchweft.handoff import Handoff
 
-__all__ = ["PORTS", "Slurm", "threads"]
+__all__ = ["PORTS", "STEP", "Slurm", "threads"]
 
 #: Below those that systems give to outgoing connections, above those of well-known services.
 PORTS = range(12000, 28000)
+#: How far apart are those of two steps of a job, which may run at once; so may jobs whose numbers
+#: are neighbours.
+STEP = 997
 
 
 class Slurm(Launcher):
@@ -59,8 +62,7 @@ class Slurm(Launcher):
     def rendezvous(self, rank: RankInfo, environ: Mapping[str, str]) -> Rendezvous:
         """The first node, at a port that follows from the numbers of the job and the step."""
         step = Step.read(environ)
-        # Steps of one job may run at once, and so may jobs whose numbers are neighbours.
-        port = PORTS[(step.job + 997 * step.number) % len(PORTS)]
+        port = PORTS[(step.job + STEP * step.number) % len(PORTS)]
         return meet(
             rank,
             environ,
