@@ -29,7 +29,7 @@ from torchweft.request import RunRequest
 from torchweft.resolve import resolve
 from torchweft.specs import Detection
 
-__all__ = ["check_script", "run"]
+__all__ = ["check_outside", "check_script", "run"]
 
 #: Flags that say how to make processes; they mean nothing where the script makes them itself.
 _NEED_DEVICES = (
@@ -130,7 +130,7 @@ def run(script: str, arguments: tuple[str, ...], dry_run: bool, **options: Any) 
         _become_python(script, arguments, flags, dry_run)
     process.exit_on_signals()
     catalog = _catalog()
-    _check_outside(request, catalog)
+    check_outside(request, catalog)
     processes, preload = _processes(request, catalog)
     job = Job(
         script=script,
@@ -201,7 +201,7 @@ def _outside(catalog: Catalog) -> Detection | None:
     return detection if detection is not None and detection.nodes_hint else None
 
 
-def _check_outside(request: RunRequest, catalog: Catalog) -> None:
+def check_outside(request: RunRequest, catalog: Catalog) -> None:
     """With --devices this process is a node: refuse where others were started that are none.
 
     A process that was started alone on its node may be one of several nodes.
