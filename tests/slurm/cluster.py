@@ -27,11 +27,13 @@ NODES = ("weft-1", "weft-2")
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "salloc", "scontrol", "setpriv")
 _PATIENCE = 20.0
 
-# More processors than there are, so that jobs need not wait for each other.
+# More processors than there are, so that jobs need not wait for each other. A port follows from a
+# job's number: those of another cluster on this computer, which may run at once, are others.
 _CONFIGURATION = """
 ClusterName=weft
 SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort={controller}
+FirstJobId={controller}00
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
