@@ -89,6 +89,7 @@ class _Resolver:
         self._answers: dict[tuple[str, str], Availability] = {}
         self._check_given()
         self.detected = detect(catalog, environ, self._named("launcher"))
+        self._check_detected()
 
     def plan(self, objections: Callable[[RunPlan], list[str]]) -> RunPlan:
         accelerator: Any = self._choose("accelerator", lambda spec: [])
@@ -154,6 +155,12 @@ class _Resolver:
                     f"{source} says '{written}', and the script made the {kind} object "
                     f"{entry.describe()}; leave one of them out"
                 )
+
+    def _check_detected(self) -> None:
+        """A launcher may know that what it made is no run."""
+        detection = self.detected.detection
+        if detection is not None and detection.objection:
+            raise InvalidRequest(f"{detection.reason}, but {detection.objection}")
 
     # -- choosing one kind ---------------------------------------------------------------------
 

@@ -57,11 +57,21 @@ class Detection:
         reason: one clause, as in ``grid started this process``.
         world_size: processes in the whole run; None where the environment does not say.
         processes_per_node: processes on each node; None where the environment does not say.
+        objection: why a run cannot be made of these processes, one clause with the way out; raised
+            where this launcher is the one that counts. Empty: it can.
+        processes_hint: what to write for ``{wanted}`` processes on each node, one clause such as
+            ``write grid --tasks={wanted}``. For errors, as are those that follow.
+        nodes_hint: what to write for ``{wanted}`` nodes.
+        devices_hint: what to write so that each process sees ``{wanted}`` devices of its node.
     """
 
     reason: str
     world_size: int | None = None
     processes_per_node: int | None = None
+    objection: str = ""
+    processes_hint: str = ""
+    nodes_hint: str = ""
+    devices_hint: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

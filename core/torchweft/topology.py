@@ -51,7 +51,8 @@ class Site:
             needs = f"{_spell(self.request.devices)} with {needs}"
         raise InvalidRequest(
             f"{needs} needs {topology.processes_per_node} process(es) per node, but "
-            f"{self.detection.reason} with {started} per node; make the two equal, or leave "
+            f"{self.detection.reason} with {started} per node; "
+            f"{_way_out(self.detection.processes_hint, topology.processes_per_node)}, or leave "
             "devices out"
         )
 
@@ -67,7 +68,7 @@ class Site:
         if self.count is not None and wanted > self.count:
             raise NotAvailable(
                 f"{self._why(wanted)}, but accelerator '{self.accelerator.name}' has "
-                f"{self._there()} here"
+                f"{self._there()} here{self._more_devices(wanted)}"
             )
         return tuple(range(wanted))
 
@@ -109,6 +110,15 @@ class Site:
             return f"devices={wanted} was asked for"
         return f"{self.detection.reason} with {wanted} per node"
 
+    def _more_devices(self, wanted: int) -> str:
+        """What to write where the launcher decides what a process sees."""
+        if self.detection is None or not self.detection.devices_hint:
+            return ""
+        hints = [_way_out(self.detection.devices_hint, wanted)]
+        if self.count and self.detection.processes_hint:
+            hints.append(_way_out(self.detection.processes_hint, self.count))
+        return f"; {', or '.join(hints)}"
+
     def _there(self) -> str:
         indices = ", ".join(map(str, range(self.count or 0)))
         return f"{self.count} ({indices})" if indices else "none"
@@ -123,9 +133,10 @@ class Site:
         least, most = asked if isinstance(asked, tuple) else (asked or found, asked or found)
         if self.detection and not least <= found <= most:
             wanted = least if least == most else f"'{least}:{most}'"
+            nearest = least if found < least else most
             raise InvalidRequest(
                 f"num_nodes={wanted} was asked for, but {self.detection.reason} on {found} "
-                "node(s); make the two equal, or leave num_nodes out"
+                f"node(s); {_way_out(self.detection.nodes_hint, nearest)}, or leave num_nodes out"
             )
         return found
 
@@ -140,3 +151,8 @@ class Site:
 
 def _spell(devices: Devices) -> str:
     return f"devices={list(devices)}" if isinstance(devices, tuple) else f"devices={devices!r}"
+
+
+def _way_out(hint: str, wanted: int) -> str:
+    """What a launcher says how to have that number of something."""
+    return hint.replace("{wanted}", str(wanted)) or "make the two equal"

@@ -30,6 +30,7 @@ TORCH_FREE = [
     "torchweft.misfits",
     "torchweft.missing",
     "torchweft.resolve",
+    "torchweft.builtin.launchers.detect_slurm",
     "torchweft.process",
     "torchweft.cli",
     "torchweft.testing",

@@ -110,7 +110,7 @@ def test_an_unknown_command_names_the_nearest() -> None:
     done = command("plugin")
     assert done.returncode == 2
     assert (
-        "no command is called 'plugin'; did you mean 'plugins'? known: run, plan, plugins, "
+        "no command is called 'plugin'; did you mean 'plugins'? known: run, slurm, plan, plugins, "
         "logs, checkpoint, completion, new, doctor"
     ) in done.stderr
 

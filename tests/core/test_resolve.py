@@ -539,6 +539,13 @@ def test_a_launcher_that_is_detected(world: World) -> None:
     assert world.resolve(launcher="torchrun", devices=2, num_nodes=2).topology == plan.topology
 
 
+def test_a_launcher_that_knows_that_what_it_made_is_no_run(world: World) -> None:
+    world.outside = Detection(
+        reason="torchrun started 3 processes", world_size=3, objection="2 here; start 4"
+    )
+    assert refused(world, InvalidRequest) == "torchrun started 3 processes, but 2 here; start 4"
+
+
 def test_a_detected_launcher_outranks_a_preset(world: World) -> None:
     world.outside = torchrun()
     assert world.resolve(strategy="ddp_spawn").launcher.name == "torchrun"

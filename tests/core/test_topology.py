@@ -206,6 +206,81 @@ def test_num_nodes_that_contradict_the_launcher(asked: Any, spelled: str) -> Non
     )
 
 
+# -- a launcher that says what to write ---------------------------------------------------------
+
+
+def grid(per_node: int, nodes: int = 1) -> Detection:
+    return Detection(
+        reason="grid started this process",
+        world_size=per_node * nodes,
+        processes_per_node=per_node,
+        processes_hint="write --tasks={wanted}",
+        nodes_hint="write --nodes={wanted}",
+        devices_hint="write --share={wanted}",
+    )
+
+
+def test_the_launcher_says_how_to_make_another_number_of_processes() -> None:
+    place = site(detection=grid(2), devices=4)
+    with pytest.raises(
+        InvalidRequest,
+        match=r"^devices=4 with strategy 'acme' needs 4 process\(es\) per node, but grid started "
+        r"this process with 2 per node; write --tasks=4, or leave devices out$",
+    ):
+        place.check_started(place.topology(strategy(), named=True), strategy())
+
+
+@pytest.mark.parametrize(
+    ("asked", "spelled", "wanted"), [(3, "3", 3), (1, "1", 1), ("3:5", "'3:5'", 3), ("1:1", "1", 1)]
+)
+def test_the_launcher_says_how_to_have_another_number_of_nodes(
+    asked: Any, spelled: str, wanted: int
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        site(detection=grid(2, nodes=2), num_nodes=asked).topology(strategy(), named=True)
+    assert str(caught.value) == (
+        f"num_nodes={spelled} was asked for, but grid started this process on 2 node(s); "
+        f"write --nodes={wanted}, or leave num_nodes out"
+    )
+
+
+@pytest.mark.parametrize(
+    ("devices", "count", "words"),
+    [
+        (
+            None,
+            1,
+            (
+                "grid started this process with 4 per node, but accelerator 'cuda' has 1 (0) here; "
+                "write --share=4, or write --tasks=1"
+            ),
+        ),
+        (
+            4,
+            2,
+            (
+                "devices=4 was asked for, but accelerator 'cuda' has 2 (0, 1) here; write "
+                "--share=4, or write --tasks=2"
+            ),
+        ),
+        (
+            None,
+            0,
+            (
+                "grid started this process with 4 per node, but accelerator 'cuda' has none here; "
+                "write --share=4"
+            ),
+        ),
+    ],
+)
+def test_the_launcher_says_how_to_let_processes_see_devices(
+    devices: Any, count: int, words: str
+) -> None:
+    with pytest.raises(NotAvailable) as caught:
+        site(CUDA, count, grid(4), devices=devices).topology(strategy(), named=True)
+    assert str(caught.value) == words
+
+
 @given(
     st.one_of(st.none(), st.just("all"), st.integers(1, 9), st.sets(st.integers(0, 9), min_size=1)),
     st.one_of(st.none(), st.integers(0, 8)),

@@ -50,6 +50,7 @@ class Launcher(ABC):
                 reason="grid started this process",
                 world_size=int(environ["GRID_TASKS"]),
                 processes_per_node=int(environ["GRID_LOCAL_TASKS"]),
+                processes_hint="write 'grid --local-tasks={wanted}'",
             )
 
     ``rank`` and ``rendezvous`` of the base class read the variables that torchrun sets, and take

@@ -87,7 +87,7 @@ def torchweft_precisions() -> list[PrecisionSpec]:
 
 @hookimpl
 def torchweft_launchers() -> list[LauncherSpec]:
-    """Who makes the processes of a run on this node, and torch's agent."""
+    """Who makes the processes of a run on this node, torch's agent, and schedulers."""
     return [
         LauncherSpec(
             name="inline",
@@ -131,6 +131,15 @@ def torchweft_launchers() -> list[LauncherSpec]:
             summary="torch's agent made the processes: torchweft run --devices N, or torchrun",
             priority=200,
             detect=f"{_LAUNCHERS}.detect:torchrun",
+            nodes="any",
+            outside=True,
+        ),
+        LauncherSpec(
+            name="slurm",
+            target=f"{_LAUNCHERS}.slurm:Slurm",
+            summary="SLURM made the processes: every task of srun is a rank",
+            priority=160,
+            detect=f"{_LAUNCHERS}.detect_slurm:slurm",
             nodes="any",
             outside=True,
         ),

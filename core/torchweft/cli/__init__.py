@@ -22,6 +22,7 @@ __all__ = ["main", "on_terminal", "write_json", "write_rows"]
 #: Name -> where the command is, and the line that ``torchweft --help`` shows without importing it.
 _COMMANDS: Mapping[str, tuple[str, str]] = {
     "run": ("torchweft.cli.run:run", "Run a training script on one or many processes."),
+    "slurm": ("torchweft.cli.slurm:slurm", "Print or submit a batch script for SLURM."),
     "plan": ("torchweft.cli.plan:plan", "Show what would be decided for a run, and why."),
     "plugins": ("torchweft.cli.plugins:plugins", "List everything that can be chosen by name."),
     "logs": ("torchweft.cli.logs:logs", "Show what the loggers of a run wrote."),

@@ -15,6 +15,7 @@ import click
 from torchweft import process
 from torchweft.catalog import Catalog
 from torchweft.cli.completion import name_option
+from torchweft.detection import detect
 from torchweft.errors import (
     IncompatiblePlan,
     InvalidRequest,
@@ -27,8 +28,9 @@ from torchweft.manager import Manager
 from torchweft.plan import RunPlan
 from torchweft.request import RunRequest
 from torchweft.resolve import resolve
+from torchweft.specs import Detection
 
-__all__ = ["run"]
+__all__ = ["check_outside", "check_script", "run"]
 
 #: Flags that say how to make processes; they mean nothing where the script makes them itself.
 _NEED_DEVICES = (
@@ -144,7 +146,7 @@ def run(script: str, arguments: tuple[str, ...], dry_run: bool, **options: Any) 
         arguments = tuple(rest)
     if arguments[:1] == ("--",):
         arguments = arguments[1:]
-    _check_script(script)
+    check_script(script, run)
     given = {name: value for name, value in options.items() if value is not None}
     flags: dict[str, Any] = {
         name: given[name]
@@ -157,7 +159,9 @@ def run(script: str, arguments: tuple[str, ...], dry_run: bool, **options: Any) 
         _refuse_without_devices(given)
         _become_python(script, arguments, flags, dry_run)
     process.exit_on_signals()
-    processes, preload = _processes(request)
+    catalog = _catalog()
+    check_outside(request, catalog)
+    processes, preload = _processes(request, catalog)
     job = Job(
         script=script,
         arguments=tuple(arguments),
@@ -221,16 +225,17 @@ def _ranks_shown(text: str | None) -> tuple[int, ...] | Literal["all"] | None:
     return tuple(int(part) for part in text.split(","))
 
 
-def _check_script(script: str) -> None:
+def check_script(script: str, command: click.Command) -> None:
+    """Raise ``InvalidRequest`` unless there is a script, for a command that takes one."""
     path = Path(script)
     if path.is_file():
         return
     if script.startswith("-"):
-        flags = [flag for parameter in run.params for flag in parameter.opts]
+        flags = [flag for parameter in command.params for flag in parameter.opts]
         name = script.partition("=")[0]
         raise InvalidRequest(
-            f"'torchweft run' has no option {name}{did_you_mean(name, flags)}; what is meant for "
-            "the script stands behind its path"
+            f"'torchweft {command.name}' has no option {name}{did_you_mean(name, flags)}; what is "
+            "meant for the script stands behind its path"
         )
     if path.is_dir():
         raise InvalidRequest(f"script '{script}' is a folder; name the Python file in it")
@@ -243,8 +248,40 @@ def _check_script(script: str) -> None:
     )
 
 
+def _catalog() -> Catalog:
+    return Catalog(Manager.from_entry_points(os.environ).declared)
+
+
+def _outside(catalog: Catalog) -> Detection | None:
+    """What a launcher says that made this process, on nodes whose number can be chosen."""
+    detection = detect(catalog, os.environ, None).detection
+    return detection if detection is not None and detection.nodes_hint else None
+
+
+def check_outside(request: RunRequest, catalog: Catalog) -> None:
+    """With --devices this process is a node: refuse where others were started that are none.
+
+    A process that was started alone on its node may be one of several nodes.
+    """
+    outside = _outside(catalog)
+    started = outside.world_size if outside is not None else None
+    asked = request.num_nodes or 1
+    least, most = asked if isinstance(asked, tuple) else (asked, asked)
+    if outside is None or started in (None, 1) or least <= started <= most:
+        return
+    nodes = f"{least}" if least == most else f"{least}:{most}"
+    raise InvalidRequest(
+        f"--devices makes a node of this process, of {nodes} in all (--num-nodes), but "
+        f"{outside.reason}, which would make {started} nodes; leave --devices out, and each of "
+        f"them is a rank, or start one on each node and give --num-nodes"
+    )
+
+
 def _refuse_without_devices(given: dict[str, Any]) -> None:
     lone = [f"--{name.replace('_', '-')}" for name in _NEED_DEVICES if name in given]
+    # The script's Fabric compares it with what a launcher outside made.
+    if lone == ["--num-nodes"] and _outside(_catalog()) is not None:
+        return
     if lone:
         raise InvalidRequest(
             f"{' and '.join(lone)} without --devices: the script's own fabric.launch() would make "
@@ -268,10 +305,8 @@ def _become_python(
     os.execve(sys.executable, [*python, script, *arguments], environ)
 
 
-def _processes(request: RunRequest) -> tuple[int, tuple[str, ...]]:
+def _processes(request: RunRequest, catalog: Catalog) -> tuple[int, tuple[str, ...]]:
     """Processes on this node, and what to import before they are forked."""
-    manager = Manager.from_entry_points(os.environ)
-    catalog = Catalog(manager.declared)
     # Resolved as one node without a launcher: who makes the processes is settled, it is us. The
     # variables that another launcher left in this environment are not this run's.
     alone = replace(request, num_nodes=None, launcher=None)

@@ -18,8 +18,11 @@ from torchweft.process.begin import (
     interpreter_flags,
     open_stdin,
     share_threads,
+    usable_cores,
+    use_threads,
 )
 from torchweft.process.collector import collector_off, served, unwarned
+from torchweft.process.consequence import shorten_lost_peers
 from torchweft.process.end import end, exit_status, own_the_end, stay_until_the_end, wind_down
 from torchweft.process.failure import (
     done_file,
@@ -98,9 +101,12 @@ __all__ = [
     "served",
     "share_threads",
     "stacks_file",
+    "shorten_lost_peers",
     "stay_until_the_end",
     "tell_stacks",
     "unwarned",
+    "usable_cores",
+    "use_threads",
     "wind_down",
     "write_error",
 ]

@@ -35,6 +35,7 @@ __all__ = [
     "open_stdin",
     "share_threads",
     "usable_cores",
+    "use_threads",
 ]
 
 #: The variable by which torch's agent tells a worker where to write its error; used by all of
@@ -77,11 +78,18 @@ def interpreter_flags() -> list[str]:
 
 def share_threads(ranks: int) -> None:
     """Divide the processor among the ranks of a node, unless the user set OMP_NUM_THREADS."""
-    if ranks == 1 or "OMP_NUM_THREADS" in os.environ:
+    if ranks == 1:
         return
     torch = sys.modules.get("torch")
     available = torch.get_num_threads() if torch is not None else usable_cores()
-    threads = max(1, available // ranks)
+    use_threads(max(1, available // ranks))
+
+
+def use_threads(threads: int) -> None:
+    """Compute with that many threads, unless the user set OMP_NUM_THREADS."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    torch = sys.modules.get("torch")
     # The variable is for libraries and programs that start later; torch in a forked process has
     # read it long ago and is told directly.
     os.environ["OMP_NUM_THREADS"] = str(threads)

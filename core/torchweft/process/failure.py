@@ -20,6 +20,8 @@ __all__ = [
     "format_error",
     "joined_file",
     "minding_file",
+    "lost_peer",
+    "message_of",
     "record_done",
     "record_failure",
     "record_joined",
@@ -90,7 +92,7 @@ def record_failure(error: BaseException) -> None:
     if not path:
         write_error(text)
         return
-    message = _message(error)
+    message = message_of(error)
     now = time.time_ns()
     content = {
         "message": {
@@ -100,7 +102,7 @@ def record_failure(error: BaseException) -> None:
                 "timestamp": str(now // 10**9),
                 "time_ns": now,
                 "rank": int(os.environ.get("RANK", "0")),
-                "lost_peer": any(words in message for words in _LOST_PEER),
+                "lost_peer": lost_peer(error),
             },
         }
     }
@@ -111,6 +113,12 @@ def record_failure(error: BaseException) -> None:
     except OSError:
         # A full disk must not hide the error itself.
         write_error(text)
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether an error says no more than that another rank is gone."""
+    message = message_of(error)
+    return any(words in message for words in _LOST_PEER)
 
 
 def format_error(error: BaseException) -> str:
@@ -136,7 +144,7 @@ def _is_ours(frame: traceback.FrameSummary) -> bool:
     return frame.filename.startswith((_PACKAGE, "<frozen"))
 
 
-def _message(error: BaseException) -> str:
+def message_of(error: BaseException) -> str:
     """``"ValueError: …"``; also of an exception that cannot say what it is."""
     try:
         text = str(error)
