@@ -18,6 +18,7 @@ from torchweft.process.begin import (
     interpreter_flags,
     open_stdin,
     share_threads,
+    usable_cores,
 )
 from torchweft.process.collector import collector_off, served, unwarned
 from torchweft.process.end import end, exit_status, own_the_end, stay_until_the_end, wind_down
@@ -32,6 +33,7 @@ from torchweft.process.failure import (
 from torchweft.process.files import close_files, flush_files, flush_streams, write_error
 from torchweft.process.guard import end_like, fork_guarded
 from torchweft.process.marks import Marks
+from torchweft.process.outside import end_with_the_others
 from torchweft.process.script import run_script
 from torchweft.process.signals import (
     ENDING,
@@ -63,6 +65,7 @@ __all__ = [
     "done_file",
     "end",
     "end_like",
+    "end_with_the_others",
     "exit_on_signals",
     "exit_status",
     "flush_files",
@@ -86,6 +89,7 @@ __all__ = [
     "share_threads",
     "stay_until_the_end",
     "unwarned",
+    "usable_cores",
     "wind_down",
     "write_error",
 ]

@@ -19,6 +19,7 @@ __all__ = [
     "done_file",
     "format_error",
     "joined_file",
+    "lost_peer",
     "record_done",
     "record_failure",
     "record_joined",
@@ -37,6 +38,11 @@ _LOST_PEER = (
     "NCCL communicator was aborted",
     "remote process exited",
 )
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether its rank only lost another one, as far as the words tell."""
+    return any(words in _message(error) for words in _LOST_PEER)
 
 
 def joined_file(error_file: Path) -> Path:
@@ -88,7 +94,7 @@ def record_failure(error: BaseException) -> None:
                 "timestamp": str(now // 10**9),
                 "time_ns": now,
                 "rank": int(os.environ.get("RANK", "0")),
-                "lost_peer": any(words in message for words in _LOST_PEER),
+                "lost_peer": lost_peer(error),
             },
         }
     }
