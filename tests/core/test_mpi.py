@@ -280,6 +280,7 @@ def test_mpich_is_told_by_its_process_manager() -> None:
         found = mpi_job(place, environ)
         assert found.startswith(f"{os.getpid()}-")
         assert found == mpi_job(place, {**environ, "PMI_FD": str(other.fileno())})
+        one.send(b"still open")
     assert mpi_job(place, environ) == ""  # closed
 
 
@@ -290,6 +291,7 @@ def test_where_there_is_no_such_socket(descriptor: str) -> None:
         text = str(ends[0]) if descriptor == "pipe" else descriptor
         environ = dealt(1, 2, 1, 2, PMI_FD=text)
         assert mpi_job(HYDRA.place(environ), environ) == ""
+        assert os.fstat(ends[0])  # it is still open
     finally:
         for end in ends:
             os.close(end)

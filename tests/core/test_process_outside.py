@@ -54,8 +54,8 @@ def test_who_lost_a_peer_and_is_not_ended_tells_it() -> None:
     done = python(HEAD + LOST)
     first, *rest = done.stderr.splitlines()
     assert first == (
-        "torchweft: this rank lost another one, of which no failure is known; every rank has to "
-        "take part in every collective operation"
+        "torchweft: this looks like the loss of another rank, of which no failure is known; every "
+        "rank has to take part in every collective operation"
     )
     assert rest[-1] == "RuntimeError: Connection closed by peer [192.0.2.1]"
     assert (done.returncode, done.stdout) == (1, "left True\n")

@@ -28,8 +28,8 @@ class _Hook:
         if lost_peer(error):
             time.sleep(_PATIENCE)
             write_error(
-                "torchweft: this rank lost another one, of which no failure is known; every rank "
-                "has to take part in every collective operation\n"
+                "torchweft: this looks like the loss of another rank, of which no failure is "
+                "known; every rank has to take part in every collective operation\n"
             )
         self._before(kind, error, trace)
         if isinstance(error, Exception):

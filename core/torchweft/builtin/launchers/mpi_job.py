@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import struct
 from collections.abc import Mapping
@@ -40,9 +39,12 @@ def _manager(descriptor: str) -> str:
     """The process at the other end of a socket, by its id and the time of its start."""
     if not descriptor.isdigit() or not hasattr(socket, "SO_PEERCRED"):
         return ""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        with socket.socket(fileno=os.dup(int(descriptor))) as end:
+    with contextlib.suppress(OSError):
+        end = socket.socket(fileno=int(descriptor))
+        try:
             peer = end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        finally:
+            end.detach()  # it is the MPI library's
         pid: int = struct.unpack("3i", peer)[0]
         # What follows the name, which may hold anything; the start is the 22nd field.
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()

@@ -52,8 +52,8 @@ class Starter:
         """Which rank this is, and of which node.
 
         The nodes are counted by the ranks, which takes as many ranks on each, one node after the
-        other. Wherever they lie otherwise, a rank notices, and its error ends all of them. Raises
-        ``InvalidRequest``.
+        other. Wherever they lie otherwise some rank notices, and its error ends all of them.
+        Raises ``InvalidRequest``.
         """
         rank, size = self._pair(environ, self.rank, self.world_size)
         local_rank, local_size = self._pair(environ, self.local_rank, self.local_world_size)
