@@ -30,9 +30,9 @@ def test_a_failure_is_told_as_python_does() -> None:
 
 def test_a_thread_that_never_ends_holds_nobody_up() -> None:
     begun = time.monotonic()
-    done = python(
-        HEAD + "threading.Thread(target=threading.Event().wait).start()\nraise KeyError\n"
-    )
+    impatient = "sys.modules['torchweft.process.end']._PATIENCE = 0.1\n"
+    thread = "threading.Thread(target=threading.Event().wait).start()\n"
+    done = python(HEAD + impatient + thread + "raise KeyError\n")
     assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "KeyError")
     assert time.monotonic() - begun < 20
 
