@@ -22,11 +22,13 @@ class Detected:
         entry: the launcher that made this process; None when nobody did.
         detection: what it said.
         failed: launchers whose detection failed, so that nothing is known of them.
+        others: launchers that made a process further out, and why they do not count.
     """
 
     entry: Entry | None = None
     detection: Detection | None = None
     failed: tuple[Rejected, ...] = ()
+    others: tuple[Rejected, ...] = ()
 
 
 def detect(catalog: Catalog, environ: Mapping[str, str], wanted: str | None) -> Detected:
@@ -34,24 +36,59 @@ def detect(catalog: Catalog, environ: Mapping[str, str], wanted: str | None) -> 
 
     Where several answer, as torchrun in a batch job of another scheduler, the higher priority
     wins: the launcher nearest to the process carries it. Raises ``NameClash`` where that decides
-    nothing, and what a detection raises on purpose.
+    nothing, and what a detection raises on purpose, unless one that counts more answered.
     """
     found: list[tuple[Entry, Detection]] = []
+    refused: list[tuple[Entry, InvalidRequest]] = []
     failed: list[Rejected] = []
     for entry in catalog.entries("launcher"):
         spec: Any = entry.spec
         if spec.detect:
             try:
                 answer = _ask(spec, entry.provider, environ)
+            except InvalidRequest as error:
+                # What is wrong with the environment is the user's to know, a defect is not.
+                refused.append((entry, error))
+                continue
             except _DetectionError as error:
                 failed.append(Rejected(name=spec.name, provider=entry.provider, reason=str(error)))
                 continue
             if answer is not None:
                 found.append((entry, answer))
+    for entry, complaint in refused:
+        if all(_weight(entry, wanted) >= _weight(other, wanted) for other, _ in found):
+            raise complaint
     if not found:
         return Detected(failed=tuple(failed))
     entry, detection = _nearest(found, wanted)
-    return Detected(entry=entry, detection=detection, failed=tuple(failed))
+    return Detected(
+        entry=entry,
+        detection=detection,
+        failed=tuple(failed),
+        others=tuple(
+            Rejected(
+                name=other.spec.name,
+                provider=other.provider,
+                reason=f"{said.reason} too, but {_why_first(entry, other, wanted)}",
+            )
+            for other, said in found
+            if other is not entry
+        ),
+    )
+
+
+def _weight(entry: Entry, wanted: str | None) -> tuple[bool, int]:
+    """Of several launchers that answer, the heaviest counts."""
+    return wanted in entry.spec.names(), entry.spec.priority or 0
+
+
+def _why_first(entry: Entry, other: Entry, wanted: str | None) -> str:
+    named, priority = _weight(entry, wanted)
+    if named:
+        return f"'{entry.spec.name}' was asked for"
+    return (
+        f"'{entry.spec.name}' is nearer to it: priority {priority} over {_weight(other, None)[1]}"
+    )
 
 
 class _DetectionError(Exception):
@@ -62,7 +99,6 @@ def _ask(spec: LauncherSpec, provider: str, environ: Mapping[str, str]) -> Detec
     try:
         answer: Any = load_target(spec.detect, provider)(environ)
     except InvalidRequest:
-        # What is wrong with the environment is the user's to know, a plugin's defect is not.
         raise
     except (Exception, SystemExit) as error:
         raise _DetectionError(
@@ -76,10 +112,8 @@ def _ask(spec: LauncherSpec, provider: str, environ: Mapping[str, str]) -> Detec
 
 
 def _nearest(found: list[tuple[Entry, Detection]], wanted: str | None) -> tuple[Entry, Detection]:
-    named = [pair for pair in found if wanted in pair[0].spec.names()]
-    candidates = named or found
-    top = max(entry.spec.priority or 0 for entry, _ in candidates)
-    best = [pair for pair in candidates if (pair[0].spec.priority or 0) == top]
+    top = max(_weight(entry, wanted) for entry, _ in found)
+    best = [pair for pair in found if _weight(pair[0], wanted) == top]
     if len(best) > 1:
         (first, one), (second, other) = best[:2]
         raise NameClash(

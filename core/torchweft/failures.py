@@ -160,7 +160,7 @@ def report(
             "take part in every collective operation"
         )
     # Without a place it says no more than the message.
-    if 'File "' in first.trace:
+    if "Traceback" in first.trace or 'File "' in first.trace:
         lines += ["", first.trace.rstrip()]
     return RankFailed("\n".join(lines), rank=first.rank, exit_status=first.exit_status or 1)
 

@@ -336,7 +336,9 @@ class _Resolver:
             raise IncompatiblePlan(
                 f"{reason}, but launcher {entry.describe()} does not fit: {'; '.join(against)}"
             )
-        chosen: LauncherSpec = self._decide("launcher", entry, f"detected: {reason}")
+        chosen: LauncherSpec = self._decide(
+            "launcher", entry, f"detected: {reason}", self.detected.others
+        )
         return chosen
 
     def _same_launcher(self, a: str, b: str) -> bool:

@@ -138,6 +138,8 @@ def stay(live: Live, *, owned: bool) -> None:
     """Leave the run when this interpreter's script has ended."""
     if owned:
         process.own_the_end()
+    elif live.run.rank.world_size > 1:
+        process.end_with_the_others()
     # A group's destructors may wait for other ranks; where there never was one, Python's own
     # teardown is left to do its work.
     keep = live.run.rank.world_size > 1 or (dist.is_available() and dist.is_initialized())

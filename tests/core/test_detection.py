@@ -117,3 +117,25 @@ def test_a_detection_that_cannot_be_loaded_is_told_too() -> None:
 def test_an_environment_that_contradicts_itself_is_the_users_to_know() -> None:
     with pytest.raises(InvalidRequest, match=r"^RANK is 'x'$"):
         found("torchrun", torchrun=1, strict=1)
+    # One that counts less has the word only where no other answers.
+    assert found("torchrun", torchrun=2, strict=1) == "torchrun"
+    assert found("torchrun", "torchrun", torchrun=1, strict=2) == "torchrun"
+    with pytest.raises(InvalidRequest, match=r"^RANK is 'x'$"):
+        found("torchrun", "strict", torchrun=2, strict=1)
+    with pytest.raises(InvalidRequest, match=r"^RANK is 'x'$"):
+        found("", torchrun=2, strict=1)
+
+
+def test_those_further_out_are_told_with_the_order() -> None:
+    who = {"WHO": "torchrun in slurm over lsf"}
+    priorities: dict[str, int | None] = {"slurm": 160, "torchrun": 200, "lsf": None}
+    nearest = detect(catalog(**priorities), who, None)
+    assert [(other.name, other.reason) for other in nearest.others] == [
+        ("lsf", "bsub made it too, but 'torchrun' is nearer to it: priority 200 over 0"),
+        ("slurm", "srun made it too, but 'torchrun' is nearer to it: priority 200 over 160"),
+    ]
+    asked = detect(catalog(**priorities), who, "slurm")
+    assert [(other.name, other.reason) for other in asked.others] == [
+        ("lsf", "bsub made it too, but 'slurm' was asked for"),
+        ("torchrun", "torchrun made it too, but 'slurm' was asked for"),
+    ]

@@ -174,3 +174,13 @@ def test_destructors_run_where_there_was_no_group() -> None:
         "process.stay_until_the_end(lambda failed: None, keep=False)\n"
     )
     assert run(code).stdout == "destroyed"
+
+
+def test_a_rank_that_failed_waits_for_nobody_where_nobody_is() -> None:
+    code = (
+        "began = time.monotonic()\n"
+        "process.wind_down(1)\n"
+        "print(time.monotonic() - began, flush=True)\n"
+        "os._exit(1)\n"
+    )
+    assert float(run(code).stdout) < 1

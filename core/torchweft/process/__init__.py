@@ -38,6 +38,7 @@ from torchweft.process.files import close_files, flush_files, flush_streams, wri
 from torchweft.process.guard import end_like, fork_guarded
 from torchweft.process.marks import Marks
 from torchweft.process.output import HEADING, Output, outputs, redirect_output
+from torchweft.process.outside import end_with_the_others
 from torchweft.process.script import run_script
 from torchweft.process.signals import (
     ENDING,
@@ -73,6 +74,7 @@ __all__ = [
     "done_file",
     "end",
     "end_like",
+    "end_with_the_others",
     "exit_on_signals",
     "exit_status",
     "flush_files",

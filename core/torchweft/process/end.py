@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import ModuleType, TracebackType
 from typing import NoReturn
@@ -23,6 +24,8 @@ __all__ = ["end", "exit_status", "own_the_end", "stay_until_the_end", "wind_down
 #: Seconds that a rank which failed waits for its other threads. They may wait for ever, and the
 #: other ranks with them.
 _PATIENCE = 2.0
+#: Seconds between two looks at them.
+_TICK = 0.02
 
 
 def wind_down(status: int = 0) -> None:
@@ -41,9 +44,18 @@ def wind_down(status: int = 0) -> None:
             daemon=True,
         )
         waiting.start()
-        waiting.join(_PATIENCE)
+        deadline = time.monotonic() + _PATIENCE
+        # It waits for this thread too, which is the main one.
+        while _others() and time.monotonic() < deadline:
+            waiting.join(_TICK)
     atexit._run_exitfuncs()
     close_files()
+
+
+def _others() -> list[threading.Thread]:
+    """Threads for which Python waits at its end, but for this one."""
+    here = threading.current_thread()
+    return [each for each in threading.enumerate() if each is not here and not each.daemon]
 
 
 def end(status: int) -> NoReturn:

@@ -1,0 +1,108 @@
+"""Whether Kubeflow made this process, one in each pod. Free of torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import NoReturn
+
+from torchweft.builtin.launchers.starter import another_run
+from torchweft.errors import InvalidRequest
+from torchweft.rank import RankInfo
+from torchweft.specs import Detection
+
+__all__ = ["CHANGE_NODES", "CHANGE_PROCESSES", "kubeflow", "pod"]
+
+#: Where a plan and what was started differ: how to change the number of processes on a node.
+CHANGE_PROCESSES = (
+    "start N in each pod with 'torchweft run --devices N --num-nodes $PET_NNODES "
+    "--node-rank $PET_NODE_RANK --main-address $MASTER_ADDR --main-port $MASTER_PORT train.py' "
+    "as its command"
+)
+#: The same, of nodes.
+CHANGE_NODES = "set the replicas of the PyTorchJob, or numNodes of the TrainJob"
+
+#: Set in every container of Kubernetes.
+_KUBERNETES = "KUBERNETES_SERVICE_HOST"
+#: Whoever sets one of these has made processes within the pod; the others are theirs then.
+_WITHIN_A_POD = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "TORCHELASTIC_RUN_ID")
+_PER_POD = "PET_NPROC_PER_NODE"
+
+
+def kubeflow(environ: Mapping[str, str]) -> Detection | None:
+    """The one process of a pod of a PyTorchJob, or of a TrainJob.
+
+    A job of a single pod is none of several, and what serves any computer serves it too. Raises
+    ``InvalidRequest`` where the job means more than one process in a pod, and for an elastic one.
+    """
+    if _KUBERNETES not in environ or any(name in environ for name in _WITHIN_A_POD):
+        return None
+    if another_run(environ):
+        return None
+    place = pod(environ)
+    if place is None or place.world_size == 1:
+        return None
+    return Detection(
+        reason="Kubeflow started this process",
+        world_size=place.world_size,
+        processes_per_node=1,
+    )
+
+
+def pod(environ: Mapping[str, str]) -> RankInfo | None:
+    """Which of the job's pods this is; None where there is no such job.
+
+    ``RANK`` is that of a pod, also in ``WORLD_SIZE`` processes that torchrun would make of them.
+    """
+    if "PET_RDZV_ENDPOINT" in environ and environ.get("PET_NNODES") != "1":
+        _refuse_elastic(environ)
+    if all(name in environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
+        rank, size = "RANK", "PET_NNODES" if "PET_NNODES" in environ else "WORLD_SIZE"
+    elif all(name in environ for name in ("PET_NODE_RANK", "PET_NNODES", "PET_MASTER_ADDR")):
+        rank, size = "PET_NODE_RANK", "PET_NNODES"
+    else:
+        return None
+    if ":" in environ[size]:
+        _refuse_elastic(environ)
+    number, pods = _number(environ, rank), _number(environ, size)
+    if number >= pods:
+        raise InvalidRequest(
+            f"Kubeflow started this process, but the environment variable {rank} is {number}, and "
+            f"{size} is {pods}; pods count from 0, so that {rank} is less than {size}"
+        )
+    if pods > 1:
+        _check_one_per_pod(environ, rank, pods)
+    return RankInfo(rank=number, world_size=pods, node_rank=number)
+
+
+def _check_one_per_pod(environ: Mapping[str, str], rank: str, pods: int) -> None:
+    # "auto" leaves it to whoever starts processes, which is nobody here.
+    wanted = environ.get(_PER_POD, "auto")
+    if wanted in ("auto", "1"):
+        return
+    prefix = "" if rank == "RANK" else "PET_"
+    devices = wanted if wanted.isdigit() else "all"
+    raise InvalidRequest(
+        f"the job wants {wanted} processes in each of its {pods} pods ({_PER_POD}), and python "
+        f"started one; make the pods' command 'torchrun train.py', or 'torchweft run --devices "
+        f"{devices} --num-nodes {pods} --node-rank ${rank} --main-address ${prefix}MASTER_ADDR "
+        f"--main-port ${prefix}MASTER_PORT train.py'"
+    )
+
+
+def _refuse_elastic(environ: Mapping[str, str]) -> NoReturn:
+    raise InvalidRequest(
+        f"the job is elastic (PET_NNODES={environ.get('PET_NNODES', '')}), so that the pods learn "
+        "their ranks from torch's agent alone; make their command 'torchrun train.py', which "
+        "reads the same variables"
+    )
+
+
+def _number(environ: Mapping[str, str], name: str) -> int:
+    text = environ[name]
+    if not re.fullmatch(r"[0-9]+", text):
+        raise InvalidRequest(
+            f"Kubeflow started this process, but the environment variable {name} is '{text}'; it "
+            "takes a number from 0"
+        )
+    return int(text)
