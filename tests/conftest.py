@@ -1,11 +1,14 @@
-"""How examples are drawn, and where extensions are compiled, for every test."""
+"""How examples are drawn, where extensions are compiled, and what is left out of a short run."""
 
 from __future__ import annotations
 
 import os
 import sys
 
+import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.long import LONG
 
 # A busy machine is no failure: nothing here is judged by the time that it takes.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -14,3 +17,13 @@ settings.load_profile("untimed")
 # Extensions of one environment are no other's: torch would compile them again and again in turn.
 if sys.prefix != sys.base_prefix:
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "extensions"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out what runs at full length alone."""
+    if os.environ.get("TORCHWEFT_SOAK") == "1":
+        return
+    long = tuple(f"tests/{prefix}" for prefix in LONG)
+    for item in items:
+        if item.nodeid.startswith(long):
+            item.add_marker(pytest.mark.skip(reason="runs at full length: TORCHWEFT_SOAK=1"))

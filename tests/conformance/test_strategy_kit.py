@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -50,6 +51,10 @@ MISTAKES = {
     "KeepsState": ({WITH}, "something of the models that were trained before it is left"),
 }
 
+#: All tests of which one finds a mistake. ``TORCHWEFT_SOAK=1``: nearly the whole kit.
+_EVERY = sorted(set().union(*(tests for tests, _ in MISTAKES.values())))
+FULL = os.environ.get("TORCHWEFT_SOAK") == "1"
+
 
 @dataclass
 class Report:
@@ -76,7 +81,8 @@ def reports(tmp_path_factory) -> dict[str, Report]:
     # Of most mutants what is there for their mistake; of two everything that trains. Ranks that
     # fail or hang are alike in all of them.
     wanted = [f"(Test{name} and ({' or '.join(tests)}))" for name, (tests, _) in MISTAKES.items()]
-    wanted += ["(TestRight and not (collective_is or waiting or ends_the_run))"]
+    right = "not (collective_is or waiting or ends_the_run)" if FULL else " or ".join(_EVERY)
+    wanted += [f"(TestRight and ({right}))"]
     wanted += ["(TestClipsBefore and trains)", "(TestLeavesBuffers and trains)"]
     chosen = ["-k", " or ".join(wanted)]
     done = subprocess.run(
@@ -103,7 +109,7 @@ def reports(tmp_path_factory) -> dict[str, Report]:
 
 def test_a_strategy_that_is_right_passes(reports):
     assert reports["Right"].failed == [], reports["Right"].words
-    assert len(reports["Right"].passed) > 100
+    assert len(reports["Right"].passed) > (100 if FULL else 25)
 
 
 @pytest.mark.parametrize("mutant", MISTAKES)

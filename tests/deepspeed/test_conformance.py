@@ -1,6 +1,7 @@
 """Strategy ``deepspeed`` trains, saves and loads as one process does, at every stage.
 
-Stages 0 to 2 run on two devices here; ``TORCHWEFT_SOAK=1`` runs them on one too, as stage 3.
+Stage 2 in 32 bits and stage 3 in bfloat16 run on two devices here; ``TORCHWEFT_SOAK=1`` runs every
+stage, on one device too.
 """
 
 from __future__ import annotations
