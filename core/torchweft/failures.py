@@ -17,7 +17,17 @@ __all__ = ["Failure", "first_failure", "read_failure", "report", "signal_name"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """How one rank ended badly."""
+    """How one rank ended badly.
+
+    Attributes:
+        rank: global rank.
+        exitcode: negative for a signal.
+        message: ``"ValueError: …"``; empty where it told nothing.
+        trace: of the exception, as Python prints it.
+        time_ns: when it told.
+        lost_peer: whether it merely lost another rank.
+        node: name of its node; empty where there is one alone.
+    """
 
     rank: int
     exitcode: int
@@ -25,6 +35,7 @@ class Failure:
     trace: str = ""
     time_ns: int = 0
     lost_peer: bool = False
+    node: str = ""
 
     def cause(self) -> str:
         """``"ValueError: …"``, ``"killed by signal 9 (SIGKILL)"`` or ``"exit status 3"``."""
@@ -91,7 +102,8 @@ def report(failures: Sequence[Failure], world_size: int, done: Collection[int] =
     cause = first_failure(failures).cause()
     # Which of those that failed alike was a moment earlier tells nothing.
     first = min((f for f in failures if f.cause() == cause), key=lambda f: f.rank)
-    lines = [f"rank {first.rank} of {world_size} failed: {cause}"]
+    where = f" on node {first.node}" if first.node else ""
+    lines = [f"rank {first.rank} of {world_size}{where} failed: {cause}"]
     others = [f for f in failures if f is not first]
     same = [str(f.rank) for f in others if f.cause() == cause]
     if same:

@@ -13,7 +13,7 @@ from importlinter.api import read_configuration
 
 ROOT = Path(__file__).parents[2]
 #: What a plugin may import of torchweft.
-PUBLIC = {"api", "errors", "hookspecs", "loggers", "specs", "testing"}
+PUBLIC = {"api", "errors", "hookspecs", "launching", "loggers", "specs", "testing"}
 
 
 def lint(folder: Path) -> subprocess.CompletedProcess[str]:

@@ -31,6 +31,7 @@ TORCH_FREE = [
     "torchweft.missing",
     "torchweft.resolve",
     "torchweft.process",
+    "torchweft.launching",
     "torchweft.cli",
     "torchweft.testing",
     "torchweft.testing.interpreter",

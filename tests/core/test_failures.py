@@ -84,6 +84,13 @@ def test_of_those_that_failed_alike_the_lowest_rank_is_named() -> None:
     assert told.rank == 0
 
 
+def test_the_node_is_named_where_there_are_several() -> None:
+    failures = [Failure(rank=rank, exitcode=-9, node=f"host-{rank}") for rank in (2, 1)]
+    assert str(report(failures, 4)) == (
+        "rank 1 of 4 on node host-1 failed: killed by signal 9 (SIGKILL)\nand so did rank 2"
+    )
+
+
 def test_long_words_of_others_are_shortened() -> None:
     told = str(report([raised(0, "A", 1), raised(1, "B" * 500, 2)], 2))
     assert f"after it: rank 1: {'B' * 97}...\n" in told

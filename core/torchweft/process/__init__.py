@@ -32,7 +32,7 @@ from torchweft.process.failure import (
 from torchweft.process.files import close_files, flush_files, flush_streams, write_error
 from torchweft.process.guard import end_like, fork_guarded
 from torchweft.process.marks import Marks
-from torchweft.process.script import run_script
+from torchweft.process.script import run_call, run_module, run_script
 from torchweft.process.signals import (
     ENDING,
     GRACE,
@@ -81,6 +81,8 @@ __all__ = [
     "record_failure",
     "record_joined",
     "respected",
+    "run_call",
+    "run_module",
     "run_script",
     "served",
     "share_threads",
