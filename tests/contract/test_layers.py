@@ -41,6 +41,7 @@ def copied(tmp_path: Path) -> Path:
         "core/torchweft",
         "plugins/cuda/torchweft_cuda",
         "plugins/deepspeed/torchweft_deepspeed",
+        "plugins/ray/torchweft_ray",
         "plugins/xla/torchweft_xla",
     ):
         shutil.copytree(

@@ -53,7 +53,7 @@ def modules_after(code: str) -> frozenset[str]:
 
 def test_the_installed_plugins_are_known() -> None:
     assert "torchweft.builtin.hooks" in HOOKS
-    assert {"torchweft_cuda.hooks", "torchweft_deepspeed.hooks"} <= set(HOOKS)
+    assert {f"torchweft_{name}.hooks" for name in ("cuda", "deepspeed", "ray")} <= set(HOOKS)
 
 
 def test_a_fresh_interpreter_can_import_torch() -> None:
