@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from torch import nn
 import ray
 from torchweft import Fabric
 from torchweft.errors import Misuse, NotAvailable, RankFailed
+from torchweft.launching import ERROR_FILE
 from torchweft.testing.commands import Command, clean_environment
 
 STEPS, BATCH = 3, 8
@@ -44,7 +44,6 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -162,10 +161,11 @@ def test_a_closure_on_two_nodes(connection: str, capfd: pytest.CaptureFixture[st
     assert sorted(said) == [f"[rank {rank}] err of {rank}, and no end" for rank in (0, 1)]
 
 
-def test_an_actor_that_is_killed(connection: str) -> None:
+def test_an_actor_that_is_killed(connection: str, tmp_path: Path) -> None:
     """As Ray does where a node runs out of memory."""
 
     def work(fabric: Fabric) -> None:
+        (tmp_path / str(fabric.global_rank)).write_text(os.environ[ERROR_FILE])
         fabric.barrier()
         if fabric.global_rank == 1:
             os.kill(os.getppid(), signal.SIGKILL)
@@ -184,7 +184,9 @@ def test_an_actor_that_is_killed(connection: str) -> None:
     while ray.available_resources().get("CPU") != room and time.monotonic() < deadline:
         time.sleep(0.05)
     assert ray.available_resources()["CPU"] == room
-    assert not list(Path(tempfile.gettempdir()).glob("torchweft-ray-*"))
+    folders = [Path((tmp_path / str(rank)).read_text()).parent for rank in range(2)]
+    assert folders[0].parent.name.startswith("torchweft-ray-")
+    assert not any(folder.exists() for folder in folders)
 
 
 def test_no_room(connection: str) -> None:

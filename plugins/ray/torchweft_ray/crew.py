@@ -91,6 +91,7 @@ class Crew:
         self._pending: dict[Any, int] = {}
         self._signal: int | None = None
         self._twice = False
+        self._notices: list[int] = []
         self._handlers: dict[int, Any] = {}
         self._patience = interrupt_patience()
 
@@ -114,7 +115,7 @@ class Crew:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number in self._pass_on:
-            self._tell(number)
+            self._notices.append(number)  # Ray may be in the middle of something
             return
         self._twice = self._signal is not None
         self._signal = self._signal or number
@@ -161,6 +162,8 @@ class Crew:
                 break
             if self._reads:
                 self._type()
+            while self._notices:
+                self._tell(self._notices.pop(0))
             self._look()
         if not self._pending:
             self._voices.close()

@@ -17,6 +17,7 @@ from typing import Any
 from torchweft.launching import (
     Handoff,
     claim,
+    collector_off,
     die_with_parent,
     record_failure,
     run_call,
@@ -70,7 +71,8 @@ def _run(program: Program, folder: Path) -> int:
     sys.argv = list(program.arguments)
     if program.name:
         sys.modules["__main__"].__file__ = program.name
-    function, arguments = pickle.loads((folder / CALL).read_bytes())
+    with collector_off():  # it imports torch, and whatever else the function needs
+        function, arguments = pickle.loads((folder / CALL).read_bytes())
     return run_call(partial(function, *arguments), _hand_over(folder))
 
 
