@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 
-if find_spec("torchweft_ray") is None or find_spec("ray.cluster_utils") is None:
+if find_spec("torchweft_ray") is None:
     collect_ignore_glob = ["test_*.py"]
 
 
