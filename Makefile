@@ -63,7 +63,7 @@ $(VENV)/.installed: pyproject.toml $(wildcard plugins/*/pyproject.toml) constrai
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,examples]" \
-		-e plugins/cuda -e plugins/deepspeed
+		-e plugins/cuda -e plugins/deepspeed -e plugins/ray
 	touch $@
 
 # Named after what decides its content. Made aside and renamed: another checkout may make it too.

@@ -36,7 +36,8 @@ def detect(catalog: Catalog, environ: Mapping[str, str], wanted: str | None) -> 
 
     Where several answer, as torchrun in a batch job of another scheduler, the higher priority
     wins: the launcher nearest to the process carries it. Raises ``NameClash`` where that decides
-    nothing, and what a detection raises on purpose, unless one that counts more answered.
+    nothing, and what a detection raises on purpose, unless one that counts more answered. What made
+    one process from outside does not count where another launcher is asked for.
     """
     found: list[tuple[Entry, Detection]] = []
     refused: list[tuple[Entry, InvalidRequest]] = []
@@ -61,6 +62,12 @@ def detect(catalog: Catalog, environ: Mapping[str, str], wanted: str | None) -> 
     if not found:
         return Detected(failed=tuple(failed))
     entry, detection = _nearest(found, wanted)
+    launcher: Any = entry.spec
+    if wanted and wanted not in launcher.names() and launcher.outside and detection.world_size == 1:
+        # One process may become several by another launcher, where that is asked for.
+        reason = f"{detection.reason}, once, and launcher '{wanted}' was asked for"
+        alone = Rejected(name=launcher.name, provider=entry.provider, reason=reason)
+        return Detected(failed=tuple(failed), others=(alone,))
     return Detected(
         entry=entry,
         detection=detection,

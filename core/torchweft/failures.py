@@ -38,7 +38,7 @@ class Failure:
         time_ns: when it told.
         lost_peer: whether it merely lost another rank.
         node: name of its computer; empty where it never came to be a rank.
-        pid: its process id there.
+        pid: its process id there; 0 where it is not known.
         doing: where it was when it was told to end.
     """
 
@@ -133,8 +133,9 @@ def report(
     first = min((f for f in failures if f.cause() == cause), key=lambda f: f.rank)
     lines = [f"rank {first.rank} of {world_size} failed: {cause}"]
     if first.node:
+        number = f", process {first.pid}" if first.pid else ""
         status = f", with exit status {first.exitcode}" if first.message else ""
-        lines.append(f"on {first.node}, process {first.pid}{status}")
+        lines.append(f"on {first.node}{number}{status}")
     others = [f for f in failures if f is not first]
     same = [f.rank for f in others if f.cause() == cause]
     if same:

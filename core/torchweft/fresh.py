@@ -1,4 +1,4 @@
-"""The program of a rank that is a fresh interpreter, with FOLDER SCRIPT ARGUMENTS… .
+"""The program of a rank that is a fresh interpreter, with FOLDER [-m] SCRIPT ARGUMENTS… .
 
 Imports no torch, so that a script may set variables which torch reads when it is imported.
 """
@@ -34,4 +34,7 @@ def main() -> None:
     if handoff.log_dir:
         process.redirect_output(handoff.log_dir, folder)
     sys.path.insert(0, "")  # the script's folder takes the place
+    if script == "-m":
+        script, *arguments = arguments
+        os._exit(process.run_module(script, arguments))
     os._exit(process.run_script(script, arguments))

@@ -8,7 +8,7 @@ out, never replaced.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torchweft.catalog import Catalog, Entry, narrower, probe
@@ -318,6 +318,10 @@ class _Resolver:
             chosen = self._choose("launcher", objections, wished, why)
         else:
             chosen = self._choose("launcher", objections)
+        decision = self.decisions["launcher"]
+        # What made this process, and does not count.
+        rejected = (*decision.rejected, *self.detected.others)
+        self.decisions["launcher"] = replace(decision, rejected=rejected)
         return chosen
 
     def _detected_launcher(

@@ -22,6 +22,7 @@ MODULES = (
     "torchweft.api.deferred",
     "torchweft.errors",
     "torchweft.hookspecs",
+    "torchweft.launching",
     "torchweft.loggers",
     "torchweft.specs",
     "torchweft.testing",

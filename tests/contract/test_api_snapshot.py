@@ -91,7 +91,7 @@ def test_the_page_promises_the_same_modules() -> None:
 def test_a_requirement_of_a_plugin_admits_this_minor_version_and_no_other() -> None:
     """The rule of the page, and whether those follow it who show it."""
     major, minor = Version(torchweft.__version__).release[:2]
-    plugins = [f"plugins/{name}/pyproject.toml" for name in ("cuda", "deepspeed", "xla")]
+    plugins = [f"plugins/{name}/pyproject.toml" for name in ("cuda", "deepspeed", "ray", "xla")]
     others = ("docs/plugins/README.md", "docs/plugins/tutorial.md", *plugins)
     texts = [PAGE, *((ROOT / path).read_text(encoding="utf-8") for path in others)]
     requirements = [

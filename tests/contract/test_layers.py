@@ -13,7 +13,7 @@ from importlinter.api import read_configuration
 
 ROOT = Path(__file__).parents[2]
 #: What a plugin may import of torchweft.
-PUBLIC = {"api", "errors", "hookspecs", "loggers", "specs", "testing"}
+PUBLIC = {"api", "errors", "hookspecs", "launching", "loggers", "specs", "testing"}
 
 
 def lint(folder: Path) -> subprocess.CompletedProcess[str]:
@@ -41,6 +41,7 @@ def copied(tmp_path: Path) -> Path:
         "core/torchweft",
         "plugins/cuda/torchweft_cuda",
         "plugins/deepspeed/torchweft_deepspeed",
+        "plugins/ray/torchweft_ray",
         "plugins/xla/torchweft_xla",
     ):
         shutil.copytree(

@@ -32,6 +32,7 @@ TORCH_FREE = [
     "torchweft.resolve",
     "torchweft.builtin.launchers.detect_slurm",
     "torchweft.process",
+    "torchweft.launching",
     "torchweft.cli",
     "torchweft.testing",
     "torchweft.testing.interpreter",
@@ -53,7 +54,7 @@ def modules_after(code: str) -> frozenset[str]:
 
 def test_the_installed_plugins_are_known() -> None:
     assert "torchweft.builtin.hooks" in HOOKS
-    assert {"torchweft_cuda.hooks", "torchweft_deepspeed.hooks"} <= set(HOOKS)
+    assert {f"torchweft_{name}.hooks" for name in ("cuda", "deepspeed", "ray")} <= set(HOOKS)
 
 
 def test_a_fresh_interpreter_can_import_torch() -> None:

@@ -19,6 +19,7 @@ PUBLIC = [
     "torchweft.specs",
     "torchweft.errors",
     "torchweft.hookspecs",
+    "torchweft.launching",
     "torchweft.testing",
 ]
 

@@ -477,9 +477,9 @@ def test_the_name_of_a_plugin(tmp_path: Path) -> None:
 
 
 def test_the_name_of_a_package_that_is_not_installed(tmp_path: Path) -> None:
-    assert "torchweft-ray" in KNOWN.values()
-    assert refused("strategy", "ray", "--into", tmp_path) == (
-        "torchweft-ray is a package of the torchweft project; choose another name"
+    assert "torchweft-xla" in KNOWN.values()
+    assert refused("precision", "xla", "--into", tmp_path) == (
+        "torchweft-xla is a package of the torchweft project; choose another name"
     )
 
 

@@ -110,6 +110,13 @@ def test_of_many_ranks_a_few_are_named() -> None:
     assert "15, 16 and 82 more at a.py:1 in b" in told
 
 
+def test_the_node_is_named_where_there_are_several() -> None:
+    failures = [Failure(rank=rank, exitcode=-9, node=f"host-{rank}") for rank in (2, 1)]
+    assert str(report(failures, 4)) == (
+        "rank 1 of 4 failed: killed by signal 9 (SIGKILL)\non host-1\nand so did rank 2"
+    )
+
+
 def test_long_words_of_others_are_shortened() -> None:
     told = str(report([raised(0, "A", 1), raised(1, "B" * 500, 2)], 2))
     assert f"after it: rank 1: {'B' * 97}...\n" in told

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -170,3 +171,71 @@ def test_a_safe_path_stays_so(script, tmp_path: Path) -> None:
         check=True,
     )
     assert done.stdout == expected
+
+
+# -- modules and calls ----------------------------------------------------------------------------
+
+RUN_MODULE = RUN.replace("run_script(path,", "run_module(path,")
+
+
+def test_a_module_sees_what_it_sees_by_hand(tmp_path: Path) -> None:
+    package = tmp_path / "parcel"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "near.py").write_text("NEAR = 'near'\n")
+    (package / "train.py").write_text(f"{SAYS}from .near import NEAR\nprint(NEAR)\n")
+    words = ("-m", "parcel.train", "--lr", "0.1")
+    by_python = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, timeout=60, cwd=tmp_path
+    )
+    assert by_python.returncode == 0, by_python.stderr
+    done = python(RUN_MODULE, *words[1:], cwd=tmp_path, environ={ERROR_FILE: None, "RANK": None})
+    assert done.returncode == 0, done.stderr
+    assert said(done.stdout) == said(by_python.stdout)
+
+
+def said(printed: str) -> tuple[dict[str, object], str]:
+    """What the module told of itself, but where in memory it is, and what it found beside it."""
+    first, near = re.sub(r"0x[0-9a-f]+", "…", printed).splitlines()
+    return json.loads(first), near
+
+
+def test_a_module_that_is_not_there(tmp_path: Path) -> None:
+    error = tmp_path / "error.json"
+    environ = {ERROR_FILE: str(error), "RANK": None}
+    done = python(RUN_MODULE, "parcel.nowhere", cwd=tmp_path, environ=environ)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "No module named 'parcel'" in json.loads(error.read_text())["message"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("call", "status", "told"),
+    [
+        ("lambda: 7", 0, ""),
+        ("lambda: sys.exit(3)", 3, ""),
+        ("lambda: 1 / 0", 1, "ZeroDivisionError: division by zero"),
+        ("lambda: None", 1, "TypeError: nothing came back"),
+    ],
+)
+def test_what_a_call_returns_is_handed_over(
+    tmp_path: Path, call: str, status: int, told: str
+) -> None:
+    error = tmp_path / "error.json"
+    code = (
+        "import os, sys\n"
+        "from torchweft import process\n"
+        "def hand_over(result):\n"
+        "    if result is None:\n"
+        "        raise TypeError('nothing came back')\n"
+        "    print('handed over', result)\n"
+        f"os._exit(process.run_call({call}, hand_over))\n"
+    )
+    done = python(code, environ={ERROR_FILE: str(error), "RANK": None})
+    assert (done.returncode, done.stderr) == (status, "")
+    assert done.stdout == ("handed over 7\n" if not status else "")
+    assert error.exists() == bool(told)
+    if told:
+        message = json.loads(error.read_text())["message"]
+        assert message["message"] == told
+        # Nothing of what led to the call.
+        assert "process/script.py" not in message["extraInfo"]["py_callstack"]

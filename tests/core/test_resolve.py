@@ -559,6 +559,17 @@ def test_a_detected_launcher_against_an_explicit_one(world: World) -> None:
     )
 
 
+def test_one_process_from_outside_becomes_several_where_that_is_asked_for(world: World) -> None:
+    world.outside = torchrun(1, 1)
+    plan = world.resolve(launcher="script", devices=2, strategy="ddp")
+    assert (plan.launcher.name, plan.topology.world_size) == ("script", 2)
+    reasons = {rejected.name: rejected.reason for rejected in plan.decisions[3].rejected}
+    assert reasons["torchrun"] == (
+        "torchrun started this process, once, and launcher 'script' was asked for"
+    )
+    assert world.resolve().launcher.name == "torchrun"
+
+
 def test_another_number_of_processes_than_the_launcher_made(world: World) -> None:
     world.outside = torchrun()
     assert refused(world, InvalidRequest, devices=4, strategy="ddp") == (

@@ -62,7 +62,7 @@ def watch(tmp_path: Path) -> Iterator[Watch]:
 
 def tell(path: Path, message: str, *, lost_peer: bool = False) -> str:
     """Code that leaves an error file."""
-    extra = {"py_callstack": "the trace", "time_ns": time.time_ns(), "lost_peer": lost_peer}
+    extra = {"py_callstack": "Traceback of it", "time_ns": time.time_ns(), "lost_peer": lost_peer}
     content = json.dumps({"message": {"message": message, "extraInfo": extra}})
     return f"open({str(path)!r}, 'w').write({content!r}); "
 
@@ -81,7 +81,7 @@ def test_all_end_well(watch: Watch) -> None:
 def test_one_failure_ends_all_of_them(watch: Watch, tmp_path: Path) -> None:
     failing = tell(tmp_path / "1.json", "ValueError: no") + "sys.exit(1)"
     supervisor = watch(FOR_EVER, failing, STUBBORN)
-    with pytest.raises(RankFailed, match=r"rank 1 of 3 failed: ValueError: no\n\nthe trace$"):
+    with pytest.raises(RankFailed, match=r"rank 1 of 3 failed: ValueError: no\n\nTraceback of it$"):
         supervisor.wait()
     assert [child.exitcode for child in supervisor.children.values()] == [-15, 1, -9]
 

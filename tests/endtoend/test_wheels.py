@@ -176,7 +176,8 @@ def test_every_dependency_of_the_core_is_declared(built):
 
 def test_extras(built):
     found = metadata(built, "torchweft")
-    named = {"cuda", "xla", "deepspeed", "all", "testing", "logs", "safetensors", "examples", "dev"}
+    plugins = {"cuda", "deepspeed", "ray", "xla"}
+    named = plugins | {"all", "testing", "logs", "safetensors", "examples", "dev"}
     assert set(found.provides_extra) == named
     extras = {
         extra: {
@@ -189,6 +190,7 @@ def test_extras(built):
     assert extras["cuda"] == {"torchweft-cuda"}
     assert extras["xla"] == {"torchweft-xla"}
     assert extras["deepspeed"] == {"torchweft-deepspeed"}
+    assert extras["ray"] == {"torchweft-ray"}
     assert extras["all"] >= extras["cuda"]
     assert extras["testing"] == {"pytest"}
     assert extras["logs"] == {"tensorboard", "matplotlib", "plotext"}

@@ -9,6 +9,7 @@ from torchweft.api.group import Group, join_group, leave_group, open_store
 from torchweft.api.launcher import Launcher
 from torchweft.api.place import Place
 from torchweft.api.precision import Autocast, Precision
+from torchweft.api.result import pack_result
 from torchweft.api.run import Run
 from torchweft.api.strategy import CAPABILITIES, DataShard, Prepared, Strategy
 from torchweft.plan import Decision, Rejected, RunPlan, Topology
@@ -43,4 +44,5 @@ __all__ = [
     "map_leaves",
     "move_batch",
     "open_store",
+    "pack_result",
 ]

@@ -28,6 +28,7 @@ from torchweft import process
 from torchweft.builtin.launchers.agent_rank import Script, Stdin, work
 from torchweft.cli.following import Follower
 from torchweft.cli.nodes import Meeting, meet
+from torchweft.cli.run import AGENT
 from torchweft.errors import RankFailed, TorchweftError
 from torchweft.failures import read_failure, report
 from torchweft.handoff import Handoff
@@ -193,7 +194,7 @@ def _meet_anew(job: Job) -> None:
 def _launch(job: Job, config: LaunchConfig, folder: Path, environ: dict[str, str]) -> None:
     handoff = Handoff(
         run_id=job.run_id,
-        launcher="torchrun",
+        launcher=AGENT,
         flags=job.flags,
         dry_run=job.dry_run,
         log_dir=_log_dir(job, folder),
@@ -202,11 +203,13 @@ def _launch(job: Job, config: LaunchConfig, folder: Path, environ: dict[str, str
     )
     if job.fresh:
         os.environ.update({**environ, **handoff.to_environ()})
-        program = [*process.interpreter_flags(), "-c", _FRESH, str(folder), job.script]
+        what = ["-m", job.script] if job.module else [job.script]
+        program = [*process.interpreter_flags(), "-c", _FRESH, str(folder), *what]
         elastic_launch(config, sys.executable)(*program, *job.arguments)
         return
     script = Script(
         path=job.script,
+        module=job.module,
         arguments=job.arguments,
         handoff=handoff,
         folder=str(folder),

@@ -30,7 +30,10 @@ from torchweft.request import RunRequest
 from torchweft.resolve import resolve
 from torchweft.specs import Detection
 
-__all__ = ["check_outside", "check_script", "run"]
+__all__ = ["AGENT", "check_outside", "check_script", "run"]
+
+#: The launcher whose processes this command has torch's agent make.
+AGENT = "torchrun"
 
 #: Flags that say how to make processes; they mean nothing where the script makes them itself.
 _NEED_DEVICES = (
@@ -58,7 +61,8 @@ class Job:
     """What was asked of the command.
 
     Attributes:
-        script: path of the script.
+        script: path of the script, or a module's name.
+        module: whether it is a module.
         arguments: what it gets in ``sys.argv``.
         flags: those that the user gave and that Fabric's arguments must agree with.
         processes: on this node.
@@ -70,6 +74,7 @@ class Job:
     """
 
     script: str
+    module: bool
     arguments: tuple[str, ...]
     flags: dict[str, Any]
     dry_run: bool
@@ -114,6 +119,11 @@ class Job:
     "precision",
     help="Name of the precision: 32-true, bf16-mixed, …",
 )
+@name_option(
+    "launcher",
+    help="Who makes the processes, where it is not torch's agent: ray, …",
+)
+@click.option("-m", "--module", is_flag=True, help="SCRIPT is a module's name, as for python -m.")
 @click.option("--max-restarts", type=click.IntRange(min=0), help="After failures. Default: 0.")
 @click.option("--rdzv-backend", help="How several nodes meet: static (default), c10d, …")
 @click.option("--rdzv-endpoint", help="Where they meet: HOST:PORT.")
@@ -132,12 +142,14 @@ class Job:
 )
 @click.option("--dry-run", is_flag=True, help="Stop after one batch of every loader.")
 @click.option("--no-preload", is_flag=True, default=None, help="Start fresh interpreters.")
-def run(script: str, arguments: tuple[str, ...], dry_run: bool, **options: Any) -> None:
+def run(
+    script: str, arguments: tuple[str, ...], dry_run: bool, module: bool, **options: Any
+) -> None:
     """Run SCRIPT with ARGUMENTS, as python does, on several processes.
 
-    With --devices, torch's elastic agent makes the processes; without, the script's own
-    fabric.launch() does. Flags may stand before or behind SCRIPT; what is not a flag listed here
-    goes to the script, and so does everything behind "--".
+    With --devices, torch's elastic agent makes the processes; without, or with another --launcher,
+    the script's own fabric.launch() does. Flags may stand before or behind SCRIPT; what is not a
+    flag listed here goes to the script, and so does everything behind "--".
 
     Flags and the arguments of Fabric(...) must agree; a flag fills in what the script leaves open.
     """
@@ -146,24 +158,32 @@ def run(script: str, arguments: tuple[str, ...], dry_run: bool, **options: Any) 
         arguments = tuple(rest)
     if arguments[:1] == ("--",):
         arguments = arguments[1:]
-    check_script(script, run)
+    if module:
+        _check_module(script)
+    else:
+        check_script(script, run)
     given = {name: value for name, value in options.items() if value is not None}
     flags: dict[str, Any] = {
         name: given[name]
-        for name in ("accelerator", "strategy", "devices", "num_nodes", "precision")
+        for name in ("accelerator", "strategy", "devices", "num_nodes", "precision", "launcher")
         if name in given
     }
     request = RunRequest.parse(**flags)
     request = replace(request, sources={name: f"--{name.replace('_', '-')}" for name in flags})
+    program = ["-m", script] if module else [script]
+    if request.launcher not in (None, AGENT):
+        _refuse_beside_launcher(given, request.launcher)
+        _become_python(program, arguments, flags, dry_run)
     if request.devices is None:
         _refuse_without_devices(given)
-        _become_python(script, arguments, flags, dry_run)
+        _become_python(program, arguments, flags, dry_run)
     process.exit_on_signals()
     catalog = _catalog()
     check_outside(request, catalog)
     processes, preload = _processes(request, catalog)
     job = Job(
         script=script,
+        module=module,
         arguments=tuple(arguments),
         flags=flags,
         dry_run=dry_run,
@@ -225,10 +245,38 @@ def _ranks_shown(text: str | None) -> tuple[int, ...] | Literal["all"] | None:
     return tuple(int(part) for part in text.split(","))
 
 
+def _check_module(name: str) -> None:
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise InvalidRequest(
+            f"-m takes a module's name, such as package.train; '{name}' is none. For a file leave "
+            "-m out"
+        )
+
+
+def _check_python(path: Path) -> None:
+    """Raise ``InvalidRequest`` for a file that python would only stumble over."""
+    with path.open("rb") as file:
+        head = file.read(4096)
+    first = head.split(b"\n", 1)[0]
+    if path.suffix == ".ipynb":
+        what = "a notebook; save it as a script (jupyter nbconvert --to script), or launch in it"
+    elif first.startswith(b"#!") and b"python" not in first:
+        what = f"a program for {first[2:].decode(errors='replace').strip()}; let it call this"
+        what += " command with the Python file in it"
+    elif b"\0" in head:
+        what = "no text; name the Python source"
+    else:
+        return
+    raise InvalidRequest(
+        f"script '{path}' is not Python: it is {what}. A module is run with -m package.module"
+    )
+
+
 def check_script(script: str, command: click.Command) -> None:
     """Raise ``InvalidRequest`` unless there is a script, for a command that takes one."""
     path = Path(script)
     if path.is_file():
+        _check_python(path)
         return
     if script.startswith("-"):
         flags = [flag for parameter in command.params for flag in parameter.opts]
@@ -243,6 +291,9 @@ def check_script(script: str, command: click.Command) -> None:
     if path.parent.is_dir():
         names = sorted(other.name for other in path.parent.glob("*.py"))[:5]
         near = f"; Python files there: {', '.join(names)}" if names else ""
+    module = script.removesuffix(".py")
+    if not near and "." in module and all(part.isidentifier() for part in module.split(".")):
+        near = f"; a module is run with -m {module}"
     raise InvalidRequest(
         f"script '{script}' does not exist (looked in {path.absolute().parent}){near}"
     )
@@ -289,10 +340,20 @@ def _refuse_without_devices(given: dict[str, Any]) -> None:
         )
 
 
+def _refuse_beside_launcher(given: dict[str, Any], launcher: str | None) -> None:
+    names = [name for name in _NEED_DEVICES if name in given and name != "num_nodes"]
+    if names:
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in names)
+        raise InvalidRequest(
+            f"{flags} with --launcher {launcher}: that is for torch's agent, which makes the "
+            f"processes where --devices N is given and no other launcher; leave one of the two out"
+        )
+
+
 def _become_python(
-    script: str, arguments: tuple[str, ...], flags: dict[str, Any], dry_run: bool
+    program: list[str], arguments: tuple[str, ...], flags: dict[str, Any], dry_run: bool
 ) -> NoReturn:
-    """Without --devices this is ``python script``: same process, same everything."""
+    """Where the script makes the processes this is ``python script``, in this very process."""
     environ = dict(os.environ)
     if flags or dry_run:
         handoff = Handoff(
@@ -302,7 +363,7 @@ def _become_python(
     sys.stdout.flush()
     sys.stderr.flush()
     python = [sys.executable, *process.interpreter_flags()]
-    os.execve(sys.executable, [*python, script, *arguments], environ)
+    os.execve(sys.executable, [*python, *program, *arguments], environ)
 
 
 def _processes(request: RunRequest, catalog: Catalog) -> tuple[int, tuple[str, ...]]:

@@ -39,7 +39,7 @@ from torchweft.process.guard import end_like, fork_guarded
 from torchweft.process.marks import Marks
 from torchweft.process.output import HEADING, Output, outputs, redirect_output
 from torchweft.process.outside import end_with_the_others
-from torchweft.process.script import run_script
+from torchweft.process.script import run_call, run_module, run_script
 from torchweft.process.signals import (
     ENDING,
     GRACE,
@@ -99,6 +99,8 @@ __all__ = [
     "record_minding",
     "redirect_output",
     "respected",
+    "run_call",
+    "run_module",
     "run_script",
     "served",
     "share_threads",

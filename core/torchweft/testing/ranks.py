@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from torchweft import process
-from torchweft.api import RunPlan
+from torchweft.api import RunPlan, pack_result
 from torchweft.builtin.launchers.function import ForkServer, enter_rank, guard_served_rank
 from torchweft.builtin.launchers.node import Node
-from torchweft.builtin.launchers.results import Results, pack_result
+from torchweft.builtin.launchers.results import Results
 from torchweft.catalog import Catalog
 from torchweft.errors import InvalidRequest, TorchweftError
 from torchweft.fabric import Fabric

@@ -41,7 +41,8 @@ class Script:
     """What every rank of a job runs.
 
     Attributes:
-        path: of the script.
+        path: of the script, or a module's name.
+        module: whether it is a module.
         arguments: what it gets in ``sys.argv``.
         handoff: what the command tells its ranks.
         folder: of the run, on this node.
@@ -50,6 +51,7 @@ class Script:
     """
 
     path: str
+    module: bool
     arguments: tuple[str, ...]
     handoff: Handoff
     folder: str
@@ -70,7 +72,8 @@ def work(script: Script) -> None:
         except BaseException as error:
             process.record_failure(error)
             os._exit(1)
-        os._exit(process.run_script(script.path, list(script.arguments)))
+        run = process.run_module if script.module else process.run_script
+        os._exit(run(script.path, list(script.arguments)))
     if code != 0:
         process.end_like(code)
     # torch's agent waits for this function to return, in every rank.
