@@ -3,7 +3,8 @@
 Every figure is the wall time of a fresh command, from before it is started. The commands that are
 compared take turns, in an order that rotates; a ratio is the median over rounds of a command's
 time against the first command's of the same round. The launch is timed to the moment at which
-rank 0 has done its first ``optimizer.step()``.
+rank 0 has done its first ``optimizer.step()``; then the memory of all of its processes is added up,
+each page divided among those that share it (Linux's PSS), in launches of their own.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from report import circumstances, installed, spread, table, write
+from report import bars, circumstances, installed, spread, table, write
 
 SCRIPTS = Path(__file__).parent / "first_step"
 PYTHON = sys.executable
@@ -63,6 +64,56 @@ def until_first_step(launcher: list[str], script: str, *arguments: str) -> Timed
     return timed
 
 
+def memory_of(launcher: list[str], script: str, *arguments: str) -> Timed:
+    """Measures the MiB of all processes of a launch, the launcher too, behind the first step."""
+
+    def measured() -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            stamp = Path(folder, "done")
+            hold = Path(f"{stamp}.hold")
+            hold.touch()
+            environ = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+            command = [PYTHON, *launcher, str(SCRIPTS / script), str(stamp), *arguments]
+            with subprocess.Popen(
+                command,
+                env={**environ, MARK: folder},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            ) as job:
+                while not stamp.exists():
+                    if job.poll() is not None:
+                        raise SystemExit(f"{' '.join(command)} failed")
+                    time.sleep(0.05)
+                time.sleep(1)  # the others do their step at the same time, or nearly
+                shared_out = sum(map(proportional, marked(folder)))
+                hold.unlink()
+            return shared_out / 1024
+
+    return measured
+
+
+#: A variable by which all processes of a launch are known.
+MARK = "FIRST_STEP_MARK"
+
+
+def marked(mark: str) -> list[Path]:
+    """The folders in /proc of the processes that carry a mark in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(folder)
+    return found
+
+
+def proportional(folder: Path) -> int:
+    """KiB of a process, each page divided among those that share it."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = (folder / "smaps_rollup").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("Pss:")).split()[1])
+    return 0
+
+
 def free_port() -> str:
     """A port of this machine that nothing listens on."""
     with socket.socket() as probe:
@@ -86,21 +137,27 @@ def listing() -> dict[str, Timed]:
     }
 
 
-def launches(count: int) -> dict[str, Timed]:
+def launches(count: int, measure: Callable[..., Timed]) -> dict[str, Timed]:
     """Ways to start ``count`` ranks, ``torchrun`` first; a library that is absent is left out."""
     n = str(count)
     # Its default but for the port, which might be somebody else's. (--standalone is slower.)
     torchrun = ["-m", "torch.distributed.run", "--master-port", free_port(), "--nproc-per-node", n]
     command = ["-m", "torchweft", "run", "--devices", n]
     ways = {
-        "torchrun": until_first_step(torchrun, "with_torch.py"),
-        "torchweft run": until_first_step(command, "with_torchweft.py"),
-        "python, torchweft forks": until_first_step([], "with_torchweft.py", n),
+        "torchrun": measure(torchrun, "with_torch.py"),
+        "torchweft run": measure(command, "with_torchweft.py"),
+        "python, torchweft forks": measure([], "with_torchweft.py", n),
     }
     if installed("lightning"):
-        ways["python, Lightning Fabric"] = until_first_step([], "with_lightning.py", n)
+        fabric = ["-m", "lightning.fabric.cli", "--accelerator", "cpu", "--devices", n]
+        fabric += ["--strategy", "ddp"]
+        fabric += ["--main-port", free_port()]
+        ways["fabric run"] = measure(fabric, "with_lightning.py")
     if installed("accelerate"):
-        ways["torchrun, Accelerate"] = until_first_step(torchrun, "with_accelerate.py")
+        accelerate = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", n]
+        accelerate += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        accelerate += ["--main_process_port", free_port(), "--num_cpu_threads_per_process", "1"]
+        ways["accelerate launch"] = measure(accelerate, "with_accelerate.py")
     return ways
 
 
@@ -148,14 +205,14 @@ def undisturbed(timed: Timed, most: float = 0.05, patience: float = 1800) -> flo
     raise SystemExit(f"other programs kept this machine busy for {patience} seconds")
 
 
-def measure(ways: dict[str, Timed], rounds: int, alone: bool) -> Figures:
-    """Seconds of each, and ratios to the first; one round before is not counted."""
+def measure(ways: dict[str, Timed], rounds: int, alone: bool, once: bool = False) -> Figures:
+    """Seconds of each, and ratios to the first. Without ``once`` a round before is not counted."""
     if alone:
         adopt_orphans()
         ways = {name: partial(undisturbed, timed) for name, timed in ways.items()}
     names = list(ways)
     times: dict[str, list[float]] = {name: [] for name in names}
-    for name in names:
+    for name in names if not once else ():
         ways[name]()
     for round in range(rounds):
         turn = round % len(names)
@@ -175,7 +232,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15, help="of each import and listing")
     parser.add_argument("--launches", type=int, default=7, help="of each launcher")
-    parser.add_argument("--ranks", type=int, nargs="*", default=[2, 8], help="ranks to launch")
+    parser.add_argument(
+        "--ranks", type=int, nargs="*", default=[1, 2, 8, 32], help="ranks to launch"
+    )
+    parser.add_argument("--memory", type=int, default=1, help="launches whose memory is measured")
+    parser.add_argument("--plot", metavar="PATH", help="draw seconds by number of ranks there")
     parser.add_argument(
         "--undisturbed", action="store_true", help="Linux: repeat what other programs disturbed"
     )
@@ -183,22 +244,35 @@ def main() -> None:
     options = parser.parse_args()
 
     parts = [("import", imports(), options.rounds), ("listing", listing(), options.rounds)]
-    parts += [(f"{n} ranks", launches(n), options.launches) for n in options.ranks]
+    for n in options.ranks:
+        timed = launches(n, until_first_step)
+        parts.append((f"{n} ranks", timed, min(options.launches, 3) if n > 8 else options.launches))
+    for n in options.ranks:
+        parts.append((f"{n} ranks, MiB of each", launches(n, memory_of), options.memory))
     results = {}
     for title, ways, rounds in parts:
         if rounds < 1:
             continue
-        results[title] = measure(ways, rounds, options.undisturbed)
+        size = int(title.split()[0]) if title.endswith("MiB of each") else 0
+        results[title] = measure(ways, rounds, options.undisturbed and not size, once=bool(size))
         rows = [
             [
                 name,
-                f"{figure['seconds']['median']:.3f}",
+                f"{figure['seconds']['median'] / (size or 1):.3f}",
                 f"{figure['ratio']['median']:.3f}",
                 f"{figure['ratio']['low']:.3f} to {figure['ratio']['high']:.3f}",
             ]
             for name, figure in results[title].items()
         ]
-        print(table([title, "seconds", "ratio", "middle half"], rows), end="\n\n", flush=True)
+        unit = "MiB" if size else "seconds"
+        print(table([title, unit, "ratio", "middle half"], rows), end="\n\n", flush=True)
+    if options.plot:
+        counts = {f"{n} ranks": results[f"{n} ranks"] for n in options.ranks}
+        heights = {
+            title: {name: figure["seconds"]["median"] for name, figure in figures.items()}
+            for title, figures in counts.items()
+        }
+        bars(options.plot, heights, "seconds to the first DDP step")
     write(
         options.json,
         {
