@@ -154,9 +154,10 @@ def launches(count: int, measure: Callable[..., Timed]) -> dict[str, Timed]:
         fabric += ["--main-port", free_port()]
         ways["fabric run"] = measure(fabric, "with_lightning.py")
     if installed("accelerate"):
-        accelerate = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", n]
+        # Asked with --cpu for several processes it makes one; without a GPU this means the CPU.
+        accelerate = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", n]
         accelerate += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        accelerate += ["--main_process_port", free_port(), "--num_cpu_threads_per_process", "1"]
+        accelerate += ["--main_process_port", free_port()]
         ways["accelerate launch"] = measure(accelerate, "with_accelerate.py")
     return ways
 

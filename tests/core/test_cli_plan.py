@@ -133,11 +133,15 @@ def test_several_nodes(looms: Path) -> None:
 def test_several_nodes_that_nothing_here_starts(looms: Path) -> None:
     shown = planned(looms, "--accelerator", "cpu", "--strategy", "ddp", "--num-nodes", "1:3")
     assert shown.startswith("ddp on 1 x cpu on each of 3 nodes, 32-true, launched by torchrun\n")
-    assert shown.splitlines()[-2:] == [
+    assert shown.splitlines()[-3:] == [
         "processes   3  (1 on each of 3 nodes, devices 0)",
         (
             "note        no launcher here starts processes on other nodes; this is what a rank "
             "decides where 'torchweft run --devices 1 --num-nodes 1:3 …' was started on every node"
+        ),
+        (
+            "note        nodes that come and go meet by --rdzv-backend c10d, whose store listens "
+            "on every interface of its host, and so does rank 0's"
         ),
     ]
     named = refused(looms, 1, "--accelerator", "cpu", "--num-nodes", "2", "--launcher", "script")

@@ -113,6 +113,15 @@ WRONG = [
     (["--devices", "2", "--num-nodes", "2", "SCRIPT"], 2, "add --main-address"),
     (["--devices", "2", "--num-nodes", "1:2", "SCRIPT"], 2, "--rdzv-backend c10d"),
     (["--devices", "2", "--node-rank", "1", "SCRIPT"], 2, "--node-rank 1 is not one of 0 to 0"),
+    (["-m", "package/train.py"], 2, "-m takes a module's name, such as package.train; 'package/"),
+    (["package.train"], 2, "'package.train' does not exist (looked in"),
+    (["package.train"], 2, "; a module is run with -m package.train"),
+    (
+        ["--launcher", "spawn", "--max-restarts", "1", "--tee", "0", "SCRIPT"],
+        2,
+        "--max-restarts and --tee with --launcher spawn: that is for torch's agent, which makes",
+    ),
+    (["--launcher", "spwan", "SCRIPT"], 2, "no launcher is called 'spwan' (--launcher); did you"),
 ]
 
 
@@ -131,6 +140,56 @@ def test_wrong_use_is_told_before_any_process_starts(
     assert result.err.startswith("error: ")
     assert "Traceback" not in result.err
     assert result.out == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("train.sh", b"#!/bin/bash\ntrue\n", "a program for /bin/bash; let it call this command"),
+        ("train.ipynb", b"{}", "a notebook; save it as a script"),
+        ("train", b"\x7fELF\0\0", "no text; name the Python source"),
+    ],
+)
+def test_what_is_not_python(name: str, content: bytes, what: str, run, tmp_path: Path) -> None:
+    script = tmp_path / name
+    script.write_bytes(content)
+    result = run(*RUN, "--devices", "2", script)
+    assert (result.status, result.out) == (2, "")
+    assert f"script '{script}' is not Python: it is {what}" in result.err
+    assert result.err.endswith("A module is run with -m package.module\n")
+
+
+@pytest.mark.parametrize("more", [["--devices", "2"], ["--devices", "2", "--no-preload"], []])
+def test_a_module(more: list[str], run, tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "other.py").write_text("NAME = 'other'\n")
+    (package / "train.py").write_text(
+        "import sys\n"
+        "from torchweft import Fabric\n"
+        "from .other import NAME\n"
+        "fabric = Fabric(accelerator='cpu')\n"
+        "fabric.launch()\n"
+        "print(f'{fabric.world_size} {NAME} {__name__} {sys.argv[1:]}\\n', end='')\n"
+    )
+    result = run(*RUN, *more, "-m", "package.train", "a", cwd=tmp_path)
+    ranks = 2 if more else 1
+    assert result.lines == [f"{ranks} other __main__ ['a']"] * ranks, result.err
+
+
+def test_another_launcher(run, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        "from torchweft import Fabric\n"
+        "def train(fabric):\n"
+        "    return int(fabric.all_reduce(fabric.global_rank, reduce_op='sum'))\n"
+        "if __name__ == '__main__':\n"
+        "    fabric = Fabric(accelerator='cpu', strategy='ddp')\n"
+        "    print(fabric.plan.launcher.name, fabric.launch(train))\n"
+    )
+    result = run(*RUN, "--launcher", "forkserver", "--devices", "3", script)
+    assert (result.status, result.out) == (0, "forkserver 3\n"), result.err
 
 
 def test_several_processes_that_no_strategy_here_can_serve(run) -> None:

@@ -162,9 +162,13 @@ def test_a_random_rank_is_killed_at_a_random_moment(start, tmp_path: Path) -> No
         assert command.left() == [], where
         left = [name for name in os.listdir(temporary) if not name.startswith("torchinductor")]
         assert left == [], where
-        assert set(os.listdir("/dev/shm")) <= shared, where
         for stream in (command.popen.stdout, command.popen.stderr):
             stream.close()
     print(f"{KILLED} launches, a rank killed in {hit}, at most {longest:.1f} s to the end")
     assert hit >= KILLED // 5
+    # Other programs of this computer use it too, for moments.
+    deadline = time.monotonic() + 60
+    while not set(os.listdir("/dev/shm")) <= shared and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert set(os.listdir("/dev/shm")) <= shared
     shutil.rmtree(temporary, ignore_errors=True)

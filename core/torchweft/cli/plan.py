@@ -102,8 +102,14 @@ def _decide(request: RunRequest, catalog: Catalog, manager: Manager) -> RunPlan:
         f"no launcher here starts processes on other nodes; this is what a rank decides where "
         f"'torchweft run --devices {here} --num-nodes {shown} …' was started on every node"
     )
+    notes = [note]
+    if not isinstance(nodes, int):
+        notes.append(
+            "nodes that come and go meet by --rdzv-backend c10d, whose store listens on every "
+            "interface of its host, and so does rank 0's"
+        )
     decided = under(_as_a_rank(nodes, here))
-    return replace(decided, notes=(*decided.notes, note))
+    return replace(decided, notes=(*decided.notes, *notes))
 
 
 def _as_a_rank(num_nodes: int | tuple[int, int], processes: int) -> dict[str, str]:

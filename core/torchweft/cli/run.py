@@ -25,6 +25,7 @@ from torchweft.errors import (
 )
 from torchweft.handoff import Handoff
 from torchweft.manager import Manager
+from torchweft.missing import unknown_name
 from torchweft.plan import RunPlan
 from torchweft.request import RunRequest
 from torchweft.resolve import resolve
@@ -173,6 +174,9 @@ def run(
     program = ["-m", script] if module else [script]
     if request.launcher not in (None, AGENT):
         _refuse_beside_launcher(given, request.launcher)
+        catalog = _catalog()
+        if not catalog.named("launcher", request.launcher):
+            raise unknown_name("launcher", request.launcher, catalog, source="--launcher")
         _become_python(program, arguments, flags, dry_run)
     if request.devices is None:
         _refuse_without_devices(given)
