@@ -119,6 +119,8 @@ def report(
     world_size: int,
     done: Collection[int] = (),
     meanwhile: Mapping[int, str] = MappingProxyType({}),
+    *,
+    oom_kills: int = 0,
 ) -> RankFailed:
     """One report of all failures: the cause with its traceback, the others in one line.
 
@@ -127,6 +129,7 @@ def report(
         world_size: ranks in all.
         done: ranks that had ended well, or were about to; others may have waited for them in vain.
         meanwhile: by rank, what each of the others was doing when it was ended.
+        oom_kills: processes that the kernel has ended since the run began, for want of memory.
     """
     cause = first_failure(failures).cause()
     # Which of those that failed alike was a moment earlier tells nothing.
@@ -136,6 +139,11 @@ def report(
         number = f", process {first.pid}" if first.pid else ""
         status = f", with exit status {first.exitcode}" if first.message else ""
         lines.append(f"on {first.node}{number}{status}")
+    if first.exitcode == -signal.SIGKILL and oom_kills:
+        lines.append(
+            "memory ran out: the kernel has ended a process of this computer since the run began "
+            "(dmesg names it); ask for smaller batches, fewer processes or more memory"
+        )
     others = [f for f in failures if f is not first]
     same = [f.rank for f in others if f.cause() == cause]
     if same:

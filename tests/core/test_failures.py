@@ -105,6 +105,15 @@ def test_where_it_failed_and_what_the_others_were_doing() -> None:
     )
 
 
+def test_the_kernel_ended_it_for_want_of_memory() -> None:
+    killed = Failure(rank=0, exitcode=-9)
+    assert "\nmemory ran out: the kernel has ended a process" in str(
+        report([killed], 2, oom_kills=1)
+    )
+    assert "memory" not in str(report([killed], 2))
+    assert "memory" not in str(report([Failure(rank=0, exitcode=-15)], 2, oom_kills=1))
+
+
 def test_of_many_ranks_a_few_are_named() -> None:
     told = str(report([raised(0, "A", 1)], 99, (), dict.fromkeys(range(1, 99), "a.py:1 in b")))
     assert "15, 16 and 82 more at a.py:1 in b" in told

@@ -71,6 +71,7 @@ def drive(job: Job) -> NoReturn:
 
 def _drive(job: Job, folder: Path) -> int:
     meeting = meet(job)
+    oom_kills = process.oom_kills()
     try:
         notices = _Notices(job, folder)
         _meet_anew(job)
@@ -80,7 +81,7 @@ def _drive(job: Job, folder: Path) -> int:
         if notices.told:
             return 128 + signal.SIGTERM
     except ChildFailedError as error:
-        failure = _describe(error, job, folder)
+        failure = _describe(error, job, folder, process.oom_kills() - oom_kills)
         process.write_error(f"torchweft: {failure}\n")
         if job.log_dir is not None:
             path = os.path.join(os.path.abspath(job.log_dir), f"rank-{failure.rank}.log")
@@ -266,7 +267,7 @@ def _stdin() -> Stdin | None:
     return Stdin(0)
 
 
-def _describe(error: ChildFailedError, job: Job, folder: Path) -> RankFailed:
+def _describe(error: ChildFailedError, job: Job, folder: Path, oom_kills: int) -> RankFailed:
     """The first failure, with what is known of the other ranks of the last attempt."""
     # Who ended by itself; the agent counts those that it ended as failures too.
     codes = Marks(str(folder), _last_attempt(folder)).read()
@@ -297,7 +298,7 @@ def _describe(error: ChildFailedError, job: Job, folder: Path) -> RankFailed:
         for rank, stacks in stacks_of.items()
         if stacks is not None and rank not in codes and rank not in done
     }
-    return report(failures, most * job.processes, done, meanwhile)
+    return report(failures, most * job.processes, done, meanwhile, oom_kills=oom_kills)
 
 
 def _attempt(folder: Path) -> Path:

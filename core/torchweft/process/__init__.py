@@ -37,6 +37,7 @@ from torchweft.process.failure import (
 from torchweft.process.files import close_files, flush_files, flush_streams, write_error
 from torchweft.process.guard import end_like, fork_guarded
 from torchweft.process.marks import Marks
+from torchweft.process.memory import oom_kills
 from torchweft.process.output import HEADING, Output, outputs, redirect_output
 from torchweft.process.outside import end_with_the_others
 from torchweft.process.script import run_call, run_module, run_script
@@ -89,6 +90,7 @@ __all__ = [
     "joined_file",
     "mind_end",
     "minding_file",
+    "oom_kills",
     "open_stdin",
     "outputs",
     "own_the_end",

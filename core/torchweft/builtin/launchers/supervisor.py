@@ -69,6 +69,7 @@ class Supervisor:
         self._signal: int | None = None
         self._handlers: dict[int, Any] = {}
         self._patience = process.interrupt_patience()
+        self._oom_kills = process.oom_kills()
 
     def __enter__(self) -> Supervisor:
         # Only a main thread gets signals.
@@ -129,7 +130,9 @@ class Supervisor:
         if told is not None:
             raise ToldToEnd(told)
         failures, done = self._failures(codes), self._done(codes)
-        raise report(failures, len(self.children), done, self._meanwhile(codes, done))
+        meanwhile = self._meanwhile(codes, done)
+        killed = process.oom_kills() - self._oom_kills
+        raise report(failures, len(self.children), done, meanwhile, oom_kills=killed)
 
     def _once_the_cause_is_known(self) -> dict[int, int | None]:
         """The exit codes that tell it; what ranks do after it is our own doing."""
