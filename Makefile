@@ -18,10 +18,15 @@ XLA_PINS  := $(shell { cat constraints-xla.txt; sed -n '/^dependencies/,/^.proje
 XLA_BASE  ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/torchweft/xla-$(XLA_PINS)
 XLA_VENV  ?= .venv-xla
 
-.PHONY: demo test test-xla test-gpu lint types fast env env-xla extensions clean
+.PHONY: demo services test test-xla test-gpu lint types fast env env-xla extensions clean
 
 demo: $(VENV)/.installed
 	$(BIN)/torchweft run --accelerator cpu --devices $(DEVICES) --strategy ddp examples/digits/train.py
+
+# Schedulers that tests start for themselves, from Debian's packages; as root.
+services:
+	apt-get update -qq
+	apt-get install -y -qq --no-install-recommends slurm-wlm munge openmpi-bin iproute2
 
 # Two at a time, those of a class or a module by one: they share what takes long to make.
 test: lint types extensions
