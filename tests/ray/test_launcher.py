@@ -177,7 +177,7 @@ def test_an_actor_that_is_killed(connection: str, tmp_path: Path) -> None:
         fabric.launch(work)
     words = str(caught.value)
     assert re.match(r"rank 1 of 2 failed: its actor is gone: ", words)
-    assert re.search(r"^on \S+ \([\d.]+\)$", words, re.MULTILINE)
+    assert re.search(r"^on \S+ \([\d.]+\), with exit status 1$", words, re.MULTILINE)
     assert "The actor is dead because its worker process has died" in words
     assert caught.value.rank == 1
     # Nothing is left of it in the cluster.
