@@ -233,6 +233,8 @@ result.append(torch.equal(other.weight, model.weight))
 print(json.dumps(result), flush=True)
 dist.barrier()
 dist.destroy_process_group()
+# Now and then torch aborts where its threads are torn down.
+os._exit(0)
 """
 
 

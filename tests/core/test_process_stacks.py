@@ -70,6 +70,16 @@ def test_a_rank_that_crashes_leaves_its_stacks(tmp_path: Path) -> None:
     assert "Extension modules" not in stacks.text
 
 
+def test_a_second_fabric_changes_nothing(tmp_path: Path) -> None:
+    count = "len(os.listdir('/proc/self/fd'))"
+    again = f"before = {count}; process.tell_stacks(); os._exit({count} - before)"
+    status, file = ended(tmp_path, again, 0)
+    assert status == 0
+    stacks = read_stacks(file)
+    assert stacks is not None
+    assert stacks.rank == 3
+
+
 def test_the_end_of_its_children_is_not_told(tmp_path: Path) -> None:
     child = (
         "pid = os.fork()\n    if pid == 0: time.sleep(60)\n    time.sleep(1); os.kill(pid, 15); "

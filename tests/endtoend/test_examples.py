@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.endtoend.commands import Result
+from torchweft.cli.run import run as torchweft_run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -234,5 +235,6 @@ def test_a_page_shows_a_command_that_there_is(name):
     assert all((EXAMPLES / path).is_file() for path in named)
     for script in (path for path in named if path.endswith(".py")):
         source = (EXAMPLES / script).read_text()
-        flags = set(re.findall(r"(?<=[ `])--[a-z-]+", page)) - {"--accelerator", "--devices"}
-        assert not {flag for flag in flags if f'"{flag}"' not in source} - {"--strategy"}
+        flags = set(re.findall(r"(?<=[ `])--[a-z-]+", page))
+        of_the_command = {flag for parameter in torchweft_run.params for flag in parameter.opts}
+        assert not {flag for flag in flags if f'"{flag}"' not in source} - of_the_command

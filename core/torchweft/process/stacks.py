@@ -48,16 +48,17 @@ def tell_stacks() -> None:
     path = os.environ.get(ERROR_FILE)
     if not path:
         return
+    before = read_stacks(Path(path))
+    if before is not None and before.pid == os.getpid():  # an earlier Fabric of this process did
+        return
     with contextlib.suppress(OSError, ValueError):  # it only serves to explain
-        # Open for as long as the process lives.
-        file = open(stacks_file(Path(path)), "w", encoding="utf-8")  # noqa: SIM115
+        file = _opened(Path(path), os.O_TRUNC)
         head = {
             "rank": int(os.environ.get("RANK", "0")),
             "host": socket.gethostname(),
             "pid": os.getpid(),
         }
-        file.write(json.dumps(head) + "\n")
-        file.flush()
+        os.write(file, (json.dumps(head) + "\n").encode())
         crashes = not faulthandler.is_enabled()
         if crashes:
             faulthandler.enable(file=file)
@@ -72,6 +73,11 @@ def tell_stacks() -> None:
         os.register_at_fork(after_in_child=in_child)
 
 
+def _opened(error_file: Path, how: int) -> int:
+    """A file descriptor for as long as the process lives; ``faulthandler`` writes to such."""
+    return os.open(stacks_file(error_file), os.O_WRONLY | os.O_CREAT | how, 0o666)
+
+
 def mind_end(handler: Callable[[int, FrameType | None], None]) -> None:
     """Call ``handler`` for ``SIGTERM`` in place of ending, behind what ``tell_stacks`` arranged."""
     # It says whether there was one, which its types do not know.
@@ -80,7 +86,7 @@ def mind_end(handler: Callable[[int, FrameType | None], None]) -> None:
     path = os.environ.get(ERROR_FILE)
     if told and path:
         with contextlib.suppress(OSError):
-            file = open(stacks_file(Path(path)), "a", encoding="utf-8")  # noqa: SIM115
+            file = _opened(Path(path), os.O_APPEND)
             faulthandler.register(signal.SIGTERM, file=file, chain=True)
 
 
