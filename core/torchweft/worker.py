@@ -139,7 +139,7 @@ def stay(live: Live, *, owned: bool) -> None:
     if owned:
         process.own_the_end()
     elif live.run.rank.world_size > 1:
-        process.end_with_the_others()
+        process.end_with_the_others(live.run.rank.rank, live.run.rank.world_size)
     # A group's destructors may wait for other ranks; where there never was one, Python's own
     # teardown is left to do its work.
     keep = live.run.rank.world_size > 1 or (dist.is_available() and dist.is_initialized())

@@ -12,7 +12,6 @@ from torchweft.builtin.launchers.kubeflow import Kubeflow
 from torchweft.errors import InvalidRequest, NotAvailable
 from torchweft.handoff import Handoff
 from torchweft.rank import RankInfo, Rendezvous
-from torchweft.specs import Detection
 
 POD = {"KUBERNETES_SERVICE_HOST": "10.96.0.1", "KUBERNETES_SERVICE_PORT": "443"}
 #: The training operator, 1.6 and before: the second of two workers of a PyTorchJob.
@@ -57,9 +56,17 @@ ELASTIC = {
     ("environ", "pods"), [(OLD, 3), (PYTORCH_JOB, 3), (TRAIN_JOB, 2)], ids=["old", "job", "train"]
 )
 def test_one_process_in_each_pod(environ: dict[str, str], pods: int) -> None:
-    assert kubeflow(environ) == Detection(
-        reason="Kubeflow started this process", world_size=pods, processes_per_node=1
+    found = kubeflow(environ)
+    assert found is not None
+    assert (found.reason, found.world_size, found.processes_per_node) == (
+        "Kubeflow started this process",
+        pods,
+        1,
     )
+    assert found.processes_hint.startswith(
+        "start {wanted} in each pod with 'torchweft run --devices {wanted} --num-nodes $PET_NNODES "
+    )
+    assert found.nodes_hint.startswith("set {wanted} replicas in all of the PyTorchJob")
 
 
 @pytest.mark.parametrize(

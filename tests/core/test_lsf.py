@@ -57,7 +57,13 @@ def on_one_node(**more: str) -> dict[str, str]:
 
 
 def test_jsrun_made_the_process() -> None:
-    detection = Detection(reason="jsrun started this process", world_size=8, processes_per_node=4)
+    detection = Detection(
+        reason="jsrun started this process",
+        world_size=8,
+        processes_per_node=4,
+        processes_hint="write 'jsrun -r1 -a{wanted}'",
+        nodes_hint="write 'jsrun -n{wanted} -r1', and 'bsub -nnodes {wanted}' or more",
+    )
     assert lsf(JSRUN) == detection
     assert lsf({**JSRUN, **OPEN_MPI}) == detection
     assert mpi({**JSRUN, **OPEN_MPI}) is None

@@ -14,7 +14,6 @@ from torchweft.builtin.launchers.mpi_job import mpi_job
 from torchweft.errors import InvalidRequest, NotAvailable
 from torchweft.handoff import VARIABLE, Handoff
 from torchweft.rank import RankInfo
-from torchweft.specs import Detection
 
 #: mpirun --host node0:2,node1:2 -n 4, of Open MPI 4.1.4; the variables that say something.
 OPEN_MPI_4 = {
@@ -66,24 +65,30 @@ INTEL = {
 
 
 @pytest.mark.parametrize(
-    ("environ", "detection"),
+    ("environ", "told"),
     [
-        (OPEN_MPI_4, Detection(reason="mpirun started this process", world_size=4,
-                               processes_per_node=2)),
-        (OPEN_MPI_5, Detection(reason="mpirun started this process", world_size=2,
-                               processes_per_node=2)),
-        (MPICH, Detection(reason="mpiexec started this process", world_size=4,
-                          processes_per_node=2)),
-        (INTEL, Detection(reason="mpiexec started this process", world_size=2,
-                          processes_per_node=2)),
+        (OPEN_MPI_4, ("mpirun started this process", 4, 2)),
+        (OPEN_MPI_5, ("mpirun started this process", 2, 2)),
+        (MPICH, ("mpiexec started this process", 4, 2)),
+        (INTEL, ("mpiexec started this process", 2, 2)),
         ({}, None),
         # A daemon of srun --mpi=pmix, in which no mpirun had a part.
         ({"PMIX_RANK": "1", "PMIX_NAMESPACE": "slurm.pmix.7.0", "SLURM_PROCID": "1"}, None),
     ],
     ids=["Open MPI 4", "Open MPI 5", "MPICH", "Intel MPI", "nobody", "srun with PMIx"],
-)  # fmt: skip
-def test_who_made_the_process(environ: dict[str, str], detection: Detection | None) -> None:
-    assert mpi(environ) == detection
+)
+def test_who_made_the_process(environ: dict[str, str], told: tuple[str, int, int] | None) -> None:
+    found = mpi(environ)
+    assert told == (found and (found.reason, found.world_size, found.processes_per_node))
+
+
+def test_how_to_have_other_numbers() -> None:
+    open_mpi, mpich = mpi(OPEN_MPI_4), mpi(MPICH)
+    assert open_mpi is not None
+    assert mpich is not None
+    assert open_mpi.processes_hint == "write 'mpirun --map-by ppr:{wanted}:node -n TOTAL'"
+    assert open_mpi.nodes_hint == "write 'mpirun --host HOST:N,…' with {wanted} hosts"
+    assert mpich.processes_hint == "write 'mpiexec -ppn {wanted} -n TOTAL'"
 
 
 def test_which_rank_of_which_node() -> None:

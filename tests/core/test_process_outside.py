@@ -15,7 +15,7 @@ from torchweft import process
 from torchweft.process import outside
 outside._PATIENCE = 0.3
 process.stay_until_the_end(lambda failed: print('left', failed), keep=False)
-process.end_with_the_others()
+process.end_with_the_others(1, 4)
 """
 LOST = "raise RuntimeError('Connection closed by peer [192.0.2.1]')\n"
 
@@ -50,19 +50,30 @@ def test_who_lost_a_peer_waits_in_silence_to_be_ended() -> None:
     assert (started.returncode, out, err) == (-signal.SIGTERM, "", "")
 
 
-def test_who_lost_a_peer_and_is_not_ended_tells_it() -> None:
-    done = python(HEAD + LOST)
-    first, *rest = done.stderr.splitlines()
-    assert first == (
-        "torchweft: this looks like the loss of another rank, of which no failure is known; every "
-        "rank has to take part in every collective operation"
+def test_who_lost_a_peer_and_is_not_ended_says_so_in_a_line() -> None:
+    done = python(HEAD + LOST.replace("192.0.2.1]", "192.0.2.1]. " + "Advice. " * 40))
+    assert done.stderr.startswith(
+        "torchweft: rank 1 of 4 ends because it lost another rank, which says why it failed, or "
+        "left out a collective operation (RuntimeError: Connection closed by peer [192.0.2.1]. Adv"
     )
-    assert rest[-1] == "RuntimeError: Connection closed by peer [192.0.2.1]"
+    assert done.stderr.endswith(" …); TORCHWEFT_TRACE=1 shows where\n")
+    assert len(done.stderr.splitlines()) == 1
     assert (done.returncode, done.stdout) == (1, "left True\n")
 
 
+def test_its_traceback_is_there_for_who_asks() -> None:
+    done = python(HEAD + LOST, environ={"TORCHWEFT_TRACE": "1"})
+    assert done.stderr.splitlines()[-1] == "RuntimeError: Connection closed by peer [192.0.2.1]"
+    assert "lost another rank" not in done.stderr
+
+
+def test_a_refused_connection_of_the_scripts_own_is_a_failure() -> None:
+    done = python(HEAD + "raise ConnectionRefusedError(111, 'Connection refused')\n")
+    assert done.stderr.startswith("Traceback (most recent call last):\n")
+
+
 def test_being_asked_twice_changes_nothing() -> None:
-    done = python(HEAD + "process.end_with_the_others()\nraise ValueError('no')\n")
+    done = python(HEAD + "process.end_with_the_others(1, 4)\nraise ValueError('no')\n")
     assert (done.returncode, done.stderr.count("Traceback")) == (1, 1)
 
 

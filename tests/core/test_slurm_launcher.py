@@ -9,7 +9,8 @@ from tests.core.fresh_python import python
 from tests.core.test_slurm_step import TASK
 
 from torchweft.api import RankInfo
-from torchweft.builtin.launchers.slurm import PORTS, Slurm, threads
+from torchweft.builtin.launchers.meeting_point import PORTS
+from torchweft.builtin.launchers.slurm import Slurm, threads
 
 #: Two tasks on one node.
 PAIR = {
@@ -41,10 +42,18 @@ def test_ranks_are_counted_node_by_node_however_tasks_were_dealt_out() -> None:
 
 def test_ranks_of_one_node_meet_on_loopback() -> None:
     launcher = Slurm()
-    second = launcher.rendezvous(launcher.rank(PAIR), PAIR)
-    assert (second.address, second.hosts, second.listen_fd) == ("127.0.0.1", False, None)
-    assert second.port in PORTS
-    assert second.prefix == "torchweft/slurm-12.3/0"
+    point = launcher.meeting_point(launcher.rank(PAIR), PAIR)
+    assert point.address == "127.0.0.1"
+    assert point.port in PORTS
+
+
+def test_those_of_several_meet_at_the_first_node_of_the_step() -> None:
+    launcher = Slurm()
+    point = launcher.meeting_point(launcher.rank(TASK), TASK)
+    assert point.address == "n1"
+    assert (
+        point.address_from == f"the first node of SLURM_STEP_NODELIST={TASK['SLURM_STEP_NODELIST']}"
+    )
 
 
 def test_ports_of_steps_and_jobs_that_may_run_at_once_differ() -> None:
@@ -54,10 +63,9 @@ def test_ports_of_steps_and_jobs_that_may_run_at_once_differ() -> None:
         for job in (1, 2, 3, 15999, 16002)
         for step in (0, 1, 2)
     ]
-    ports = [launcher.rendezvous(launcher.rank(e), e).port for e in said]
+    ports = [launcher.meeting_point(launcher.rank(e), e).port for e in said]
     assert set(ports) < set(PORTS)
-    # 16002 is 2 again.
-    assert len(set(ports)) == 12
+    assert len(set(ports)) == len(said)
 
 
 def test_a_port_is_below_those_of_outgoing_connections() -> None:

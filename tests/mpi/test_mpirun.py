@@ -67,7 +67,8 @@ def test_another_number_of_devices_is_refused(run) -> None:
     assert result.status != 0
     assert (
         "error: devices=4 with strategy 'ddp' needs 4 process(es) per node, but mpirun started "
-        "this process with 2 per node; "
+        "this process with 2 per node; write 'mpirun --map-by ppr:4:node -n TOTAL', or leave "
+        "devices out"
     ) in result.err
 
 

@@ -22,7 +22,6 @@ from torchweft.process.begin import (
     use_threads,
 )
 from torchweft.process.collector import collector_off, served, unwarned
-from torchweft.process.consequence import shorten_lost_peers
 from torchweft.process.end import end, exit_status, own_the_end, stay_until_the_end, wind_down
 from torchweft.process.failure import (
     done_file,
@@ -107,7 +106,6 @@ __all__ = [
     "served",
     "share_threads",
     "stacks_file",
-    "shorten_lost_peers",
     "stay_until_the_end",
     "tell_stacks",
     "unwarned",

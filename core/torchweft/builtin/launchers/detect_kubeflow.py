@@ -11,16 +11,14 @@ from torchweft.errors import InvalidRequest
 from torchweft.rank import RankInfo
 from torchweft.specs import Detection
 
-__all__ = ["CHANGE_NODES", "CHANGE_PROCESSES", "kubeflow", "pod"]
+__all__ = ["kubeflow", "pod"]
 
-#: Where a plan and what was started differ: how to change the number of processes on a node.
-CHANGE_PROCESSES = (
-    "start N in each pod with 'torchweft run --devices N --num-nodes $PET_NNODES "
+_PROCESSES_HINT = (
+    "start {wanted} in each pod with 'torchweft run --devices {wanted} --num-nodes $PET_NNODES "
     "--node-rank $PET_NODE_RANK --main-address $MASTER_ADDR --main-port $MASTER_PORT train.py' "
     "as its command"
 )
-#: The same, of nodes.
-CHANGE_NODES = "set the replicas of the PyTorchJob, or numNodes of the TrainJob"
+_NODES_HINT = "set {wanted} replicas in all of the PyTorchJob, or numNodes of the TrainJob"
 
 #: Set in every container of Kubernetes.
 _KUBERNETES = "KUBERNETES_SERVICE_HOST"
@@ -46,6 +44,8 @@ def kubeflow(environ: Mapping[str, str]) -> Detection | None:
         reason="Kubeflow started this process",
         world_size=place.world_size,
         processes_per_node=1,
+        processes_hint=_PROCESSES_HINT,
+        nodes_hint=_NODES_HINT,
     )
 
 

@@ -8,12 +8,7 @@ from torchweft.builtin.launchers.detect_lsf import JSRUN
 from torchweft.builtin.launchers.starter import Starter, another_run
 from torchweft.specs import Detection
 
-__all__ = ["CHANGE_NODES", "CHANGE_PROCESSES", "HYDRA", "OPEN_MPI", "mpi", "starter_of"]
-
-#: Where a plan and what was started differ: how to change the number of processes on a node.
-CHANGE_PROCESSES = "'mpirun --map-by ppr:N:node -n TOTAL' starts N on each node (mpiexec: -ppn N)"
-#: The same, of nodes.
-CHANGE_NODES = "'mpirun --host HOST:N,HOST:N' starts N on each host (mpiexec: -hosts HOST,HOST)"
+__all__ = ["HYDRA", "OPEN_MPI", "mpi", "starter_of"]
 
 #: Open MPI's mpirun. Its ``OMPI_COMM_WORLD_NODE_RANK`` is a rank on the node, not that of a node.
 OPEN_MPI = Starter(
@@ -23,6 +18,8 @@ OPEN_MPI = Starter(
     local_rank="OMPI_COMM_WORLD_LOCAL_RANK",
     local_world_size="OMPI_COMM_WORLD_LOCAL_SIZE",
     nodes="OMPI_MCA_orte_num_nodes",
+    processes_hint="write 'mpirun --map-by ppr:{wanted}:node -n TOTAL'",
+    nodes_hint="write 'mpirun --host HOST:N,…' with {wanted} hosts",
     in_blocks="mpirun --map-by ppr:N:node",
     set_address="mpirun -x MASTER_ADDR=HOST",
     set_port="mpirun -x MASTER_PORT=PORT",
@@ -35,6 +32,8 @@ HYDRA = Starter(
     world_size="PMI_SIZE",
     local_rank="MPI_LOCALRANKID",
     local_world_size="MPI_LOCALNRANKS",
+    processes_hint="write 'mpiexec -ppn {wanted} -n TOTAL'",
+    nodes_hint="write 'mpiexec -hosts HOST,…' with {wanted} hosts",
     in_blocks="mpiexec -ppn N",
     set_address="mpiexec -genv MASTER_ADDR HOST",
     set_port="mpiexec -genv MASTER_PORT PORT",
@@ -52,12 +51,7 @@ def mpi(environ: Mapping[str, str]) -> Detection | None:
     starter = starter_of(environ)
     if starter is None or another_run(environ):
         return None
-    place = starter.place(environ)
-    return Detection(
-        reason=f"{starter.name} started this process",
-        world_size=place.world_size,
-        processes_per_node=place.local_world_size,
-    )
+    return starter.detection(environ)
 
 
 def starter_of(environ: Mapping[str, str]) -> Starter | None:

@@ -10,25 +10,20 @@ from typing import Any
 import torch
 
 from torchweft import process
-from torchweft.api import Launcher, RankInfo, Rendezvous, RunPlan
-from torchweft.builtin.launchers.meeting import Place, meet
+from torchweft.api import RankInfo, Rendezvous, RunPlan
+from torchweft.builtin.launchers.meeting_point import MeetingPoint
 from torchweft.builtin.launchers.nodelist import hosts
+from torchweft.builtin.launchers.outside import Outside
 from torchweft.builtin.launchers.slurm_step import Step
 from torchweft.handoff import Handoff
 
-__all__ = ["PORTS", "STEP", "Slurm", "threads"]
+__all__ = ["Slurm", "threads"]
 
-#: Below those that systems give to outgoing connections, above those of well-known services.
-PORTS = range(12000, 28000)
-#: How far apart are those of two steps of a job, which may run at once; so may jobs whose numbers
-#: are neighbours.
-STEP = 997
+_SET = "export {}=…, before srun"
 
 
-class Slurm(Launcher):
+class Slurm(Outside):
     """Started by ``srun``, once for every rank."""
-
-    owns_ranks = False
 
     def launch(
         self,
@@ -42,8 +37,7 @@ class Slurm(Launcher):
         rank = self.rank(os.environ)
         _enter(rank)
         process.use_threads(threads(os.environ, rank.local_world_size, torch.get_num_threads()))
-        process.shorten_lost_peers(rank.rank, rank.world_size)
-        return function(*arguments) if function is not None else None
+        return super().launch(plan, function, arguments, fork_hazard=fork_hazard)
 
     def rank(self, environ: Mapping[str, str]) -> RankInfo:
         """The place of this task; ranks are counted node by node, however tasks were dealt out."""
@@ -60,18 +54,20 @@ class Slurm(Launcher):
         )
 
     def rendezvous(self, rank: RankInfo, environ: Mapping[str, str]) -> Rendezvous:
-        """The first node, at a port that follows from the numbers of the job and the step."""
+        """On loopback where all ranks are on one node; else on the first node of the step."""
+        return self.meeting_point(rank, environ).rendezvous(rank)
+
+    def meeting_point(self, rank: RankInfo, environ: Mapping[str, str]) -> MeetingPoint:
+        """The first node, at the port of the job and the step."""
         step = Step.read(environ)
-        port = PORTS[(step.job + STEP * step.number) % len(PORTS)]
-        return meet(
+        return MeetingPoint.of(
             rank,
             environ,
-            Place(
-                address=next(hosts(step.node_list)),
-                address_from=f"the first node of SLURM_STEP_NODELIST={step.node_list}",
-                port=port,
-                port_from=f"which follows from job {step.job}, step {step.number}",
-            ),
+            job=rank.run_id,
+            first_node=next(hosts(step.node_list)),
+            first_node_from=f"the first node of SLURM_STEP_NODELIST={step.node_list}",
+            set_address=_SET.format("MASTER_ADDR"),
+            set_port=_SET.format("MASTER_PORT"),
         )
 
 

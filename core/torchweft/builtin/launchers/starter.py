@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torchweft.errors import InvalidRequest
 from torchweft.handoff import Handoff
 from torchweft.rank import RankInfo
+from torchweft.specs import Detection
 
 __all__ = ["Starter", "another_run"]
 
@@ -24,6 +25,8 @@ class Starter:
         local_rank: variable of the rank among those of its node.
         local_world_size: variable of their number.
         nodes: variable of the number of nodes; empty where there is none.
+        processes_hint: how to have ``{wanted}`` processes on each node, as ``Detection`` takes it.
+        nodes_hint: how to have ``{wanted}`` nodes.
         in_blocks: how to write that as many ranks go to each node, one node after the other.
         set_address: how to set ``MASTER_ADDR`` for all ranks.
         set_port: how to set ``MASTER_PORT`` for all ranks.
@@ -35,6 +38,8 @@ class Starter:
     local_rank: str
     local_world_size: str
     nodes: str = ""
+    processes_hint: str
+    nodes_hint: str
     in_blocks: str
     set_address: str
     set_port: str
@@ -42,6 +47,17 @@ class Starter:
     def made(self, environ: Mapping[str, str]) -> bool:
         """Whether it left something in the environment of this process."""
         return self.rank in environ or self.local_rank in environ
+
+    def detection(self, environ: Mapping[str, str]) -> Detection:
+        """What it made. Raises ``InvalidRequest`` where its variables contradict each other."""
+        place = self.place(environ)
+        return Detection(
+            reason=f"{self.name} started this process",
+            world_size=place.world_size,
+            processes_per_node=place.local_world_size,
+            processes_hint=self.processes_hint,
+            nodes_hint=self.nodes_hint,
+        )
 
     def counts_like(self, rank: str, world_size: str, environ: Mapping[str, str]) -> bool:
         """Whether two variables of somebody else say the same, who made this process then."""
