@@ -19,7 +19,7 @@ from tests.endtoend.commands import SCRIPTS, Command, Result, clean_environment
 from tests.endtoend.test_parity import alone, check  # noqa: F401
 from tests.pages import Runner, blocks, environment
 from tests.slurm.cluster import Cluster, running, why_not
-from torchweft.builtin.launchers.slurm import PORTS, STEP
+from torchweft.builtin.launchers.meeting_point import PORTS
 from torchweft.testing import LauncherConformance
 
 PAGE = Path(__file__).parents[2] / "docs" / "slurm.md"
@@ -312,7 +312,6 @@ def test_every_code_block_of_the_page(cluster: Cluster, tmp_path: Path) -> None:
 def test_the_page_says_the_ports() -> None:
     text = PAGE.read_text("utf-8")
     assert f"{PORTS[0]} to {PORTS[-1]}" in text
-    assert f"{PORTS[0]} + (job + {STEP} \N{MULTIPLICATION SIGN} step) mod {len(PORTS)}" in text
 
 
 class TestSlurm(LauncherConformance):
