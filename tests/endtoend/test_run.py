@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -64,8 +65,9 @@ def test_a_flag_and_an_argument_that_disagree(
 def test_devices_that_disagree_are_told_once(run) -> None:
     result = run(*RUN, "--devices", "2", SCRIPT, '{"devices": 4}')
     assert result.status == 1
-    assert "rank 0 of 2 failed: InvalidRequest: --devices says 2 and the script says" in result.err
-    assert "and so did rank 1" in result.err
+    # The other rank says the same, or was ended before it could.
+    told = r"rank [01] of 2 failed: InvalidRequest: --devices says 2 and the script says"
+    assert re.search(told, result.err)
     assert result.err.count("Traceback") == 1
     # The frames inside torchweft say nothing that the message does not.
     assert "resolve.py" not in result.err
