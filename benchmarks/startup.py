@@ -154,8 +154,10 @@ def launches(count: int, measure: Callable[..., Timed]) -> dict[str, Timed]:
         fabric += ["--main-port", free_port()]
         ways["fabric run"] = measure(fabric, "with_lightning.py")
     if installed("accelerate"):
-        # Asked with --cpu for several processes it makes one; without a GPU this means the CPU.
-        accelerate = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", n]
+        # Asked with --cpu for several processes it makes one; without a GPU the other means the
+        # CPU, but it wants two at least.
+        kind = "--multi_gpu" if count > 1 else "--cpu"
+        accelerate = ["-m", "accelerate.commands.launch", kind, "--num_processes", n]
         accelerate += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         accelerate += ["--main_process_port", free_port()]
         ways["accelerate launch"] = measure(accelerate, "with_accelerate.py")

@@ -122,11 +122,12 @@ class Watchdog:
         return states
 
     def _give_up(self, overdue: dict[str, Any], states: dict[int, dict[str, Any]]) -> NoReturn:
-        told = explain(_kept(overdue), _members(overdue, self.rank.world_size), states)
+        members = _members(overdue, self.rank.world_size)
+        told = explain(_kept(overdue), members, states)
         process.record_failure(
             CollectiveTimeout(
-                f"{_name(overdue)} took longer than {self.timeout:g} s (--timeout): {told}; every "
-                f"rank's stacks are in {self.folder}"
+                f"{_name(overdue, members)} took longer than {self.timeout:g} s (--timeout): "
+                f"{told}; every rank's stacks are in {self.folder}"
             )
         )
         process.flush_streams()
@@ -204,10 +205,15 @@ def _kept(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _name(record: Mapping[str, Any]) -> str:
+def _name(record: Mapping[str, Any], members: Sequence[int]) -> str:
     kept = _kept(record)
-    group = record["process_group"]
-    where = "" if group[1] == "default_pg" else f" in group '{group[1] or group[0]}'"
+    described = record["process_group"][1]
+    if described == "default_pg":
+        where = ""
+    elif described in ("", "undefined"):  # torch says so of one that was made without a name
+        where = f" in the group of rank {_ranks(members)}"
+    else:
+        where = f" in group '{described}'"
     return f"{kept['what']}, operation {kept['number']}{where},"
 
 
@@ -216,7 +222,8 @@ def _members(record: Mapping[str, Any], world_size: int) -> list[int]:
     with contextlib.suppress(Exception):
         groups = dist.distributed_c10d._world.pg_group_ranks
         for group, ranks in groups.items():
-            if group is not None and group.group_name == record["process_group"][0]:
+            # Groups that this rank is none of are there too, as a number.
+            if getattr(group, "group_name", None) == record["process_group"][0]:
                 return sorted(ranks)
     return list(range(world_size))
 

@@ -68,3 +68,27 @@ def test_it_says_who_came_with_another_one(tmp_path: Path, run) -> None:
     assert "broadcast of " in told
     (folder,) = tmp_path.glob("torchweft-stacks-*")
     assert told.endswith(f"every rank's stacks are in {folder}")
+
+
+def test_it_knows_who_is_of_a_group(tmp_path: Path, run) -> None:
+    script = tmp_path / "train.py"
+    lines = [
+        "import time",
+        "import torch, torch.distributed as dist",
+        "from torchweft import Fabric",
+        "fabric = Fabric(accelerator='cpu', strategy='ddp')",
+        "fabric.launch()",
+        "others = dist.new_group([1])",
+        "group = dist.new_group([0, 2])",
+        "if fabric.global_rank == 0:",
+        "    dist.all_reduce(torch.ones(5), group=group)",
+        "time.sleep(600)",
+    ]
+    script.write_text("\n".join(lines))
+    done = run(*COMMAND, "--log-dir", tmp_path, script)
+    assert done.err.splitlines()[0] == (
+        "torchweft: rank 0 of 3 failed: CollectiveTimeout: all_reduce of 5 Float, operation 1 in "
+        "the group of rank 0, 2, took longer than 1.5 s (--timeout): rank 0 came to it; rank 2 did "
+        "not: it is at train.py:10 in <module>, in none of its group; every rank's stacks are in "
+        f"{tmp_path}"
+    )
