@@ -53,21 +53,24 @@ def write(path: str | None, content: dict[str, object]) -> None:
         Path(path).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def bars(path: str, groups: dict[str, dict[str, float]], axis: str) -> None:
-    """Draw groups of bars, one colour per name, to a file; needs matplotlib."""
+def bars(path: str, panels: dict[str, dict[str, dict[str, float]]]) -> None:
+    """Draw groups of bars, one colour per name, above each axis's label; needs matplotlib."""
     # Imported here, because the figures need none of it.
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys(name for group in groups.values() for name in group))
+    names = list(dict.fromkeys(n for groups in panels.values() for g in groups.values() for n in g))
     width = 0.8 / len(names)
-    size = (max(6.0, 0.35 * len(names) * len(groups)), 4.5)
+    longest = max(map(len, panels.values()))
+    size = (max(6.0, 0.35 * len(names) * longest) * len(panels), 4.5)
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots()
-    for index, name in enumerate(names):
-        places = [place for place, group in enumerate(groups.values()) if name in group]
-        heights = [group[name] for group in groups.values() if name in group]
-        axes.bar([place + index * width for place in places], heights, width, label=name)
-    axes.set_xticks([place + 0.4 - width / 2 for place in range(len(groups))], list(groups))
-    axes.set_ylabel(axis)
-    figure.legend(loc="outside lower center", ncols=2)
+    drawn = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (label, groups) in zip(drawn, panels.items(), strict=True):
+        for index, name in enumerate(names):
+            places = [place for place, group in enumerate(groups.values()) if name in group]
+            heights = [group[name] for group in groups.values() if name in group]
+            axes.bar([place + index * width for place in places], heights, width, label=name)
+        axes.set_xticks([place + 0.4 - width / 2 for place in range(len(groups))], list(groups))
+        axes.set_ylabel(label)
+    handles, labels = drawn[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(names), 3))
     figure.savefig(path)

@@ -564,10 +564,11 @@ def times(options: argparse.Namespace) -> dict[str, Any]:
         bars(
             options.plot,
             {
-                title: {n: f["ratio"]["median"] for n, f in found["contestants"].items()}
-                for title, found in results.items()
+                "time of a step / by hand": {
+                    title: {n: f["ratio"]["median"] for n, f in found["contestants"].items()}
+                    for title, found in results.items()
+                }
             },
-            "time of a step / by hand",
         )
     return results
 
@@ -589,14 +590,15 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
         bars(
             options.plot,
             {
-                title: {
-                    f"{name}, {part}": figure[part] / MIB
-                    for name, figure in found.items()
-                    for part in ("held", "peak")
+                "MiB of a rank": {
+                    title: {
+                        f"{name}, {part}": figure[part] / MIB
+                        for name, figure in found.items()
+                        for part in ("held", "peak")
+                    }
+                    for title, found in results.items()
                 }
-                for title, found in results.items()
             },
-            "MiB of a rank",
         )
     return results
 

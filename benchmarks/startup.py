@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import ctypes
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -231,6 +232,19 @@ def measure(ways: dict[str, Timed], rounds: int, alone: bool, once: bool = False
     }
 
 
+def heights(results: dict[str, Figures], title: str) -> dict[str, dict[str, float]]:
+    """Medians by number of ranks, of what is titled so behind it; MiB for each rank."""
+    drawn = {}
+    for name, figures in results.items():
+        ranks = re.fullmatch(rf"(\d+) ranks{title}", name)
+        if ranks:
+            share = int(ranks[1]) if title else 1
+            drawn[f"{ranks[1]} ranks"] = {
+                way: figure["seconds"]["median"] / share for way, figure in figures.items()
+            }
+    return drawn
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15, help="of each import and listing")
@@ -239,7 +253,7 @@ def main() -> None:
         "--ranks", type=int, nargs="*", default=[1, 2, 8, 32], help="ranks to launch"
     )
     parser.add_argument("--memory", type=int, default=1, help="launches whose memory is measured")
-    parser.add_argument("--plot", metavar="PATH", help="draw seconds by number of ranks there")
+    parser.add_argument("--plot", metavar="PATH", help="draw both by number of ranks there")
     parser.add_argument(
         "--undisturbed", action="store_true", help="Linux: repeat what other programs disturbed"
     )
@@ -270,12 +284,8 @@ def main() -> None:
         unit = "MiB" if size else "seconds"
         print(table([title, unit, "ratio", "middle half"], rows), end="\n\n", flush=True)
     if options.plot:
-        counts = {f"{n} ranks": results[f"{n} ranks"] for n in options.ranks}
-        heights = {
-            title: {name: figure["seconds"]["median"] for name, figure in figures.items()}
-            for title, figures in counts.items()
-        }
-        bars(options.plot, heights, "seconds to the first DDP step")
+        panels = {"seconds to the first DDP step": "", "MiB of each rank": ", MiB of each"}
+        bars(options.plot, {axis: heights(results, of) for axis, of in panels.items()})
     write(
         options.json,
         {
