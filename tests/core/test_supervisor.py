@@ -35,7 +35,6 @@ class Child:
 
 HEAD = "import os, signal, sys, time\nstubborn = signal.SIG_IGN\n"
 FOR_EVER = "time.sleep(600)"
-STUBBORN = "signal.signal(15, stubborn); time.sleep(600)"
 
 Watch = Callable[..., Supervisor]
 
@@ -79,8 +78,11 @@ def test_all_end_well(watch: Watch) -> None:
 
 
 def test_one_failure_ends_all_of_them(watch: Watch, tmp_path: Path) -> None:
-    failing = tell(tmp_path / "1.json", "ValueError: no") + "sys.exit(1)"
-    supervisor = watch(FOR_EVER, failing, STUBBORN)
+    ready = str(tmp_path / "ready")
+    stubborn = f"signal.signal(15, stubborn); os.mkdir({ready!r}); time.sleep(600)"
+    wait = f"while not os.path.exists({ready!r}):\n    time.sleep(0.01)\n"
+    failing = wait + tell(tmp_path / "1.json", "ValueError: no") + "sys.exit(1)"
+    supervisor = watch(FOR_EVER, failing, stubborn)
     with pytest.raises(RankFailed, match=r"rank 1 of 3 failed: ValueError: no\n\nTraceback of it$"):
         supervisor.wait()
     assert [child.exitcode for child in supervisor.children.values()] == [-15, 1, -9]
