@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -33,3 +34,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.nodeid.startswith(long):
             item.add_marker(pytest.mark.skip(reason="runs at full length: TORCHWEFT_SOAK=1"))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays() -> Iterator[None]:
+    """A process group or a folder that a test leaves behind changes what the next ones find."""
+    here = os.getcwd()
+    yield
+    there = os.getcwd()
+    os.chdir(here)
+    torch = sys.modules.get("torch")
+    group = torch is not None and torch.distributed.is_initialized()
+    if torch is not None and group:
+        torch.distributed.destroy_process_group()
+    assert not group, "a process group is left behind"
+    assert there == here

@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,6 +20,14 @@ from torchweft.errors import IncompatiblePlan, InvalidRequest, Misuse, UnknownOp
 from torchweft_cuda.ddp import DDPStrategy
 
 OURS = {"process_group_backend", "timeout", "ddp_comm_state", "ddp_comm_hook"}
+
+
+@pytest.fixture(autouse=True)
+def _group_ends() -> Iterator[None]:
+    """DDP on one device makes a group of this process."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def make(**options: Any) -> Fabric:

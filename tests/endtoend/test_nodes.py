@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -64,6 +67,45 @@ def test_a_node_0_that_does_not_answer(run) -> None:
         "after 1 s: Connection refused; start the command with --node-rank 0 there, see that no "
         "firewall is between, or raise --join-timeout\n"
     )
+
+
+def test_an_address_that_is_another_computers(run) -> None:
+    """192.0.2.0/24 is for documentation: nobody has it."""
+    place = ["--num-nodes", "2", "--main-address", "192.0.2.77", "--node-rank", "0"]
+    done = run(*RUN, *place, SCRIPT, "{}")
+    assert done.status in (1, 2)
+    assert re.fullmatch(
+        f"error: --main-address 192.0.2.77 is no address of this node, {socket.gethostname()}, "
+        r"which is node 0, and does not lead to it: .+; give an address of the node that is "
+        "started with --node-rank 0\n",
+        done.err,
+    )
+
+
+@pytest.mark.parametrize(
+    "answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"], ids=["silent", "http"]
+)
+def test_another_program_at_the_port_of_node_0(answer: bytes, run) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=_answer, args=(listener, answer), daemon=True).start()
+        port = str(listener.getsockname()[1])
+        place = ["--num-nodes", "2", "--main-address", "127.0.0.1", "--main-port", port]
+        done = run(*RUN, *place, "--node-rank", "1", "--join-timeout", "2", SCRIPT, "{}")
+    assert done.status == 1
+    assert f"error: node 1 of 2 cannot reach node 0 at 127.0.0.1:{port} (--main-" in done.err
+    assert "after 2 s: another program has that port" in done.err
+    assert "Traceback" not in done.err
+
+
+def _answer(listener: socket.socket, answer: bytes) -> None:
+    held = []
+    with contextlib.suppress(OSError):
+        while True:
+            peer, _ = listener.accept()
+            held.append(peer)  # silent, and not closed
+            if answer:
+                peer.sendall(answer)
+                peer.close()
 
 
 def test_two_nodes_with_one_number(start, run) -> None:

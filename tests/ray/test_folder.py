@@ -12,7 +12,7 @@ from torchweft.errors import InvalidRequest
 from torchweft_ray.folder import packed, unpack
 
 
-def test_a_copy_has_what_ranks_need(tmp_path: Path) -> None:
+def test_a_copy_has_what_ranks_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, copy = tmp_path / "folder", tmp_path / "copy"
     for name in ("pack/deep", ".git", "pack/__pycache__", "env", "runs/1"):
         (folder / name).mkdir(parents=True)
@@ -25,7 +25,7 @@ def test_a_copy_has_what_ranks_need(tmp_path: Path) -> None:
     (folder / "dangling").symlink_to(tmp_path / "nowhere")
     (folder / "again").symlink_to("pack")
     with socket.socket(socket.AF_UNIX) as server:
-        os.chdir(folder)
+        monkeypatch.chdir(folder)
         server.bind("socket")
         archive = packed(folder, ["runs/*"])
     copy.mkdir()

@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import queue
 import socket
 import struct
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +33,8 @@ _TICK = 0.05
 _SIOCGIFADDR = 0x8915
 #: Seconds for which a node waits longer than node 0, which then says who is missing.
 _LATER = 5.0
+#: Seconds in which this node reaches itself.
+_NEAR = 5.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -146,6 +152,7 @@ def _bound(host: str, port: int) -> socket.socket:
 
 def _listen(address: str, port: int) -> tuple[Any, int]:
     """A store on that address alone; on all, where this node knows it by another one."""
+    elsewhere = False
     try:
         try:
             listener = _bound(address, port)
@@ -153,6 +160,7 @@ def _listen(address: str, port: int) -> tuple[Any, int]:
             if error.errno != errno.EADDRNOTAVAIL:
                 raise
             listener = _bound("0.0.0.0", port)
+            elsewhere = True
         listener.listen(1024)
     except OSError as error:
         raise TorchweftError(
@@ -160,7 +168,10 @@ def _listen(address: str, port: int) -> tuple[Any, int]:
             "--main-port, or leave it out on one node and a free one is taken"
         ) from error
     number = listener.getsockname()[1]
-    store = TCPStore(
+    if elsewhere:
+        _check_leads_here(address, number)
+    make = partial(
+        TCPStore,
         address,
         number,
         is_master=True,
@@ -168,7 +179,45 @@ def _listen(address: str, port: int) -> tuple[Any, int]:
         multi_tenant=True,
         master_listen_fd=listener.detach(),
     )
+    store = _opened(make, 2 * _NEAR)
+    if store is None:
+        raise InvalidRequest(_not_here(address, f"another program answers at port {number} of it"))
     return store, number
+
+
+def _check_leads_here(address: str, port: int) -> None:
+    try:
+        socket.create_connection((address, port), timeout=_NEAR).close()
+    except OSError as error:
+        raise InvalidRequest(_not_here(address, error.strerror or str(error))) from error
+
+
+def _not_here(address: str, why: str) -> str:
+    return (
+        f"--main-address {address} is no address of this node, {socket.gethostname()}, which is "
+        f"node 0, and does not lead to it: {why}; give an address of the node that is started with "
+        "--node-rank 0"
+    )
+
+
+def _opened(make: Callable[[], Any], seconds: float) -> Any:
+    """A store; None where that takes longer: torch waits for ever for a stranger that is silent."""
+    answers: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+
+    def begin() -> None:
+        try:
+            answers.put((make(), None))
+        except Exception as error:
+            answers.put((None, error))
+
+    threading.Thread(target=begin, name="store", daemon=True).start()
+    try:
+        store, error = answers.get(timeout=seconds)
+    except queue.Empty:
+        return None
+    if error is not None:
+        raise error
+    return store
 
 
 def _connect(address: str, port: int, job: Job, deadline: float) -> Any:
@@ -181,8 +230,24 @@ def _connect(address: str, port: int, job: Job, deadline: float) -> Any:
             said = error.strerror or str(error)
             time.sleep(_TICK)
             continue
-        limit = timedelta(seconds=max(deadline - time.monotonic(), 1))
-        return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=limit)
+        limit = max(deadline - time.monotonic(), 1)
+        make = partial(
+            TCPStore,
+            address,
+            port,
+            is_master=False,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=limit),
+        )
+        try:
+            store = _opened(make, limit + 1)
+        except RuntimeError as error:
+            said = f"another program has that port: {str(error).splitlines()[0]}"
+            break
+        if store is not None:
+            return store
+        said = "another program has that port, and is silent"
+        break
     raise TorchweftError(
         f"node {job.node_rank} of {job.num_nodes} cannot reach node 0 at {address}:{port} "
         f"(--main-address, --main-port) after {job.join_timeout:g} s: {said}; start the command "
