@@ -134,7 +134,16 @@ def report(
     cause = first_failure(failures).cause()
     # Which of those that failed alike was a moment earlier tells nothing.
     first = min((f for f in failures if f.cause() == cause), key=lambda f: f.rank)
-    lines = [f"rank {first.rank} of {world_size} failed: {cause}"]
+    left = sorted(set(done) - {f.rank for f in failures}) if first.lost_peer else []
+    if left:
+        headline = (
+            f"rank {first.rank} of {world_size} lost rank {_ranks(left)}, which was done, without "
+            "an error; every rank has to take part in every collective operation"
+        )
+    else:
+        happened = "lost another" if first.lost_peer else "failed"
+        headline = f"rank {first.rank} of {world_size} {happened}: {_SOURCE.sub('', cause)}"
+    lines = [headline]
     if first.node:
         number = f", process {first.pid}" if first.pid else ""
         status = f", with exit status {first.exitcode}" if first.message else ""
@@ -162,12 +171,6 @@ def report(
     doing = {rank: what for rank, what in doing.items() if what and rank not in told_of}
     if doing:
         lines.append(f"meanwhile: {'; '.join(_together(doing))}")
-    left = sorted(set(done) - {f.rank for f in failures})
-    if first.lost_peer and left:
-        lines.append(
-            f"done before, without an error: rank {_ranks(left)}; every rank has to "
-            "take part in every collective operation"
-        )
     # Without a place it says no more than the message.
     if "Traceback" in first.trace or 'File "' in first.trace:
         lines += ["", first.trace.rstrip()]

@@ -30,6 +30,7 @@ class Handoff:
         flags: the flags of ``torchweft run`` that the user gave, by name of ``Fabric``'s argument.
         dry_run: whether one batch of every loader is enough.
         log_dir: folder for each rank's output, where it has a file of its own; empty: the terminal.
+        log_stays: whether that folder is still there when the run has ended.
         timeout: seconds that a collective may take; None: as long as the strategy allows.
         pid: the process that this was written for, or None for all children of ``parent``.
         parent: the process whose children this was written for.
@@ -40,6 +41,7 @@ class Handoff:
     flags: Mapping[str, Any] = field(default_factory=dict)
     dry_run: bool = False
     log_dir: str = ""
+    log_stays: bool = True
     timeout: float | None = None
     pid: int | None = None
     parent: int | None = None
@@ -84,6 +86,7 @@ def _sound(handoff: Handoff) -> bool:
         and isinstance(handoff.flags, dict)
         and isinstance(handoff.dry_run, bool)
         and isinstance(handoff.log_dir, str)
+        and isinstance(handoff.log_stays, bool)
         and isinstance(handoff.timeout, int | float | None)
         and isinstance(handoff.pid, int | None)
         and isinstance(handoff.parent, int | None)

@@ -52,7 +52,8 @@ def launcher_misfits(
     if spec.processes == "many" and topology.world_size == 1:
         sentences.append("the plan has one process, which needs no launcher")
     if spec.outside and spec != detected:
-        sentences.append("it starts the script from outside, and did not start this one")
+        how = f", as '{spec.start}' does," if spec.start else ","
+        sentences.append(f"it starts the script from outside{how} and did not start this one")
     return sentences
 
 

@@ -200,6 +200,7 @@ class LauncherSpec(Spec):
         nodes: whether it serves ``"one"`` node or ``"any"`` number.
         outside: the processes are made by somebody else, before this one ran its first line;
             such a launcher is detected, never asked to start anything.
+        start: of one that is outside, the command that starts a script: ``srun python train.py``.
         function: whether ``launch()`` needs a function: ``"optional"`` or ``"required"``.
     """
 
@@ -209,6 +210,7 @@ class LauncherSpec(Spec):
     processes: Literal["one", "many", "any"] = "any"
     nodes: Literal["one", "any"] = "one"
     outside: bool = False
+    start: str = ""
     function: Literal["optional", "required"] = "optional"
 
     def targets(self) -> dict[str, str]:

@@ -126,7 +126,7 @@ def _watch(run: Run, rendezvous: Rendezvous, handoff: Handoff, timeout: float) -
     lasting = Path(tempfile.gettempdir(), f"torchweft-stacks-{handoff.run_id}")
     watchdog = Watchdog(
         timeout=timeout,
-        folder=Path(handoff.log_dir) if handoff.log_dir else lasting,
+        folder=Path(handoff.log_dir) if handoff.log_dir and handoff.log_stays else lasting,
         rank=run.rank,
         rendezvous=rendezvous,
         accelerator=run.accelerator,

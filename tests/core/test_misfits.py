@@ -90,6 +90,16 @@ def test_a_strategy_of_one_device(topology: Topology, devices: int) -> None:
             TWO,
             ["it starts the script from outside, and did not start this one"],
         ),
+        (
+            {"outside": True, "start": "srun python train.py"},
+            TWO,
+            [
+                (
+                    "it starts the script from outside, as 'srun python train.py' does, and did "
+                    "not start this one"
+                )
+            ],
+        ),
     ],
 )
 def test_launchers(launcher: dict[str, Any], topology: Topology, sentences: list[str]) -> None:

@@ -184,3 +184,17 @@ def test_where_sbatch_is_not_installed(
         "error: --submit needs sbatch, which is not installed here (it is not in PATH); run this "
         "on a login node of the cluster, or leave --submit out, and the script is printed\n"
     )
+
+
+def test_names_that_nobody_has(capsys: pytest.CaptureFixture[str]) -> None:
+    err = refused(capsys, "--strategy", "dpp", "train.py")
+    assert err.startswith("error: no strategy is called 'dpp' (--strategy); did you mean 'ddp'? ")
+    assert "no accelerator is called 'cdua'" in refused(capsys, "--accelerator=cdua", "train.py")
+    # What is known and is not here may be there, where the job runs.
+    assert "--strategy=xla_fsdp" in printed(capsys, "--strategy", "xla_fsdp", "train.py")[-1]
+
+
+def test_what_is_said_of_a_script_names_no_flag_of_another_command(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert " -m " not in refused(capsys, "package.train")

@@ -104,7 +104,7 @@ def test_the_cause_may_come_after_its_consequence(watch: Watch, tmp_path: Path) 
 
 def test_a_rank_that_left_before_is_named(watch: Watch, tmp_path: Path) -> None:
     lost = tell(tmp_path / "0.json", "Connection closed", lost_peer=True) + "sys.exit(1)"
-    with pytest.raises(RankFailed, match="done before, without an error: rank 1"):
+    with pytest.raises(RankFailed, match="rank 0 of 2 lost rank 1, which was done, without"):
         watch(lost, "time.sleep(0.3)").wait()
 
 

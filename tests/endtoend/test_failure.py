@@ -112,11 +112,10 @@ def test_ranks_that_vanish_with_status_0(way: str, fail, tmp_path: Path) -> None
 def test_a_rank_that_ends_well_while_others_wait_for_it(way: str, fail, tmp_path: Path) -> None:
     result = fail(way, "early").finish()
     assert result.status == 1
-    assert "torchweft: rank 0 of 2 failed: RuntimeError:" in result.err
-    assert (
-        "done before, without an error: rank 1; every rank has to take part in every collective "
-        "operation"
-    ) in result.err
+    assert result.err.startswith(
+        "torchweft: rank 0 of 2 lost rank 1, which was done, without an error; every rank has to "
+        "take part in every collective operation\n"
+    )
     assert leftovers(tmp_path) == []
 
 
@@ -191,3 +190,39 @@ def test_an_error_before_the_group_exists(start, tmp_path: Path) -> None:
         assert result.status == 1
         assert result.err.count("Traceback") == 1
         assert " of 2 failed: OSError: no such network" in result.err
+
+
+@pytest.mark.parametrize("way", ["python", *AGENT])
+def test_a_rank_crashes(way: str, start, tmp_path: Path) -> None:
+    """Where its Python code was is told in the report, once."""
+    script = tmp_path / "crash.py"
+    script.write_text(
+        "import ctypes, os\n"
+        "from torchweft import Fabric\n"
+        "fabric = Fabric(accelerator='cpu', devices=2)\n"
+        "fabric.launch()\n"
+        "if fabric.global_rank == 1:\n"
+        "    ctypes.string_at(0)\n"
+        "fabric.barrier()\n"
+    )
+    result = start(*ways(script)[way], environ={"PYTHONFAULTHANDLER": ""}).finish()
+    assert result.status == 128 + signal.SIGSEGV
+    assert result.err.startswith("torchweft: rank 1 of 2 failed: killed by signal 11 (SIGSEGV)\n")
+    assert result.err.count("Fatal Python error: Segmentation fault\n") == 1
+    assert 'crash.py", line 6 in <module>\n' in result.err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("seconds", [0.4, 0.8, 1.2])
+def test_the_command_is_told_to_end_while_it_begins(
+    number: int, seconds: float, start, tmp_path: Path
+) -> None:
+    """Also in the middle of an import, which tells nobody of it."""
+    command = start(
+        *ways(SCRIPT)["torchweft run"], "sleep", tmp_path, environ={"TMPDIR": str(tmp_path)}
+    )
+    time.sleep(seconds)
+    os.killpg(command.popen.pid, number)
+    result = command.finish()
+    assert (result.status, result.err) == (128 + number, "")
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("pymp-")] == []

@@ -7,11 +7,13 @@ import re
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.endtoend.commands import SCRIPTS
+from tests.endtoend.commands import SCRIPTS, Command
+from tests.endtoend.test_elastic import until
 
 RUN = [sys.executable, "-m", "torchweft", "run", "--devices", "1"]
 SCRIPT = SCRIPTS / "flags.py"
@@ -24,15 +26,16 @@ def taken() -> Iterator[int]:
 
 
 def test_a_port_in_use(taken: int, run) -> None:
-    for more in (
-        ["--main-port", str(taken)],
-        ["--num-nodes", "2", "--main-address", "127.0.0.1", "--main-port", str(taken)],
+    port = ["--main-port", str(taken)]
+    for more, way_out in (
+        (port, ", or leave it out and a free one is taken"),
+        (["--num-nodes", "2", "--main-address", "127.0.0.1", *port], ", the same on every node"),
     ):
         done = run(*RUN, *more, SCRIPT, "{}")
         assert done.status == 1
         assert done.err == (
             f"error: cannot listen on 127.0.0.1:{taken}: Address already in use; choose another "
-            "--main-port, or leave it out on one node and a free one is taken\n"
+            f"--main-port{way_out}\n"
         )
 
 
@@ -126,3 +129,157 @@ def test_settings_of_the_backend(given: str, run) -> None:
     done = run(*RUN, *endpoint, "--rdzv-conf", given, SCRIPT, "{}")
     assert done.status == 2
     assert f"--rdzv-conf takes 'key=value,key=value'; it was given '{given}'" in done.err
+
+
+@pytest.mark.parametrize(
+    ("backend", "given", "words"),
+    [
+        (
+            "c10x",
+            "a=1",
+            (
+                "torch has no rendezvous 'c10x' (--rdzv-backend); did you mean 'c10d'? there are "
+                "c10d, etcd, etcd-v2, static; others come from packages with an entry point in the "
+                "group 'torchrun.handlers'"
+            ),
+        ),
+        (
+            "c10d",
+            "lastcall_timeout=3",
+            (
+                "the rendezvous 'c10d' has no setting 'lastcall_timeout' (--rdzv-conf); did you "
+                "mean 'last_call_timeout'? it reads close_timeout, heartbeat_timeout, is_host, join"
+            ),
+        ),
+        (
+            "c10d",
+            "read_timeout=soon",
+            "--rdzv-conf read_timeout=soon: read_timeout is a whole number above 0, such as read_t",
+        ),
+        ("c10d", "store_type=disk", "store_type=disk: store_type is one of tcp, file"),
+    ],
+)
+def test_what_no_rendezvous_knows(backend: str, given: str, words: str, run) -> None:
+    endpoint = ["--rdzv-backend", backend, "--rdzv-endpoint", "127.0.0.1:1"]
+    done = run(*RUN, *endpoint, "--rdzv-conf", given, SCRIPT, "{}")
+    assert done.status == 2
+    assert words in done.err
+    assert "Traceback" not in done.err
+
+
+@pytest.fixture
+def pair(start, tmp_path: Path) -> Callable[..., list[Command]]:
+    """Start two nodes of this computer, whose script does what it is told on node 1."""
+    script = tmp_path / "train.py"
+    script.write_text(TRAIN)
+
+    def begin(how: str, *, devices: tuple[int, int] = (1, 1), c10d: bool = False) -> list[Command]:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = str(listener.getsockname()[1])
+        made = []
+        for node in (0, 1):
+            place = ["--node-rank", str(node), "--main-address", "127.0.0.1", "--main-port", port]
+            if c10d:
+                place = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
+            run = [sys.executable, "-m", "torchweft", "run", "--devices", str(devices[node])]
+            made.append(start(*run, "--num-nodes", "2", *place, script, how, tmp_path))
+        return made
+
+    return begin
+
+
+TRAIN = """
+import os, sys, time
+from pathlib import Path
+from torchweft import Fabric
+
+how, folder = sys.argv[1:]
+fabric = Fabric(accelerator="cpu", strategy="ddp")
+rank = os.environ["RANK"]
+Path(folder, f"ready-{rank}").touch()
+if how == "before" and rank == "1":
+    raise ValueError("enough")
+if how == "wait" and rank == "1":
+    time.sleep(600)
+fabric.launch()
+fabric.barrier()
+if how == "behind" and rank == "1":
+    raise ValueError("enough")
+if how != "well":
+    fabric.barrier()
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "behind"])
+def test_a_rank_of_another_node_fails(when: str, pair) -> None:
+    """Before the ranks have met, those of node 0 would wait for half an hour."""
+    first, second = [command.finish() for command in pair(when)]
+    assert second.status == 1
+    assert second.err.startswith("torchweft: rank 1 of 2 failed: ValueError: enough\n")
+    assert "Traceback (most recent call last):" in second.err
+    assert first.status == 1
+    assert re.fullmatch(
+        r"torchweft: rank 1 of 2 failed: ValueError: enough\n"
+        r"(on \S+, process \d+, with exit status 1\n)?"
+        rf"in full in the output of node 1 \({re.escape(socket.gethostname())}\)\n"
+        r"(here rank 0 of 2 lost another: RuntimeError: .*\n)?",
+        first.err,
+    )
+
+
+@pytest.mark.parametrize("when", ["before", "behind"])
+def test_a_rank_of_another_node_fails_behind_c10d(when: str, pair) -> None:
+    ended = [command.finish() for command in pair(when, c10d=True)]
+    assert [done.status for done in ended] == [1, 1]
+    for done in ended:
+        assert done.err.startswith("torchweft: rank 1 of 2 failed: ValueError: enough\n"), done.err
+    full = ["Traceback (most recent call last):" in done.err for done in ended]
+    assert sorted(full) == [False, True]
+    other = ended[full.index(False)].err
+    assert f"\nin full in the output of {socket.gethostname()}:" in other
+
+
+def test_nodes_that_end_well(pair) -> None:
+    assert [(done.status, done.err) for done in map(Command.finish, pair("well"))] == [(0, "")] * 2
+
+
+def test_another_node_is_told_to_end(pair, tmp_path: Path) -> None:
+    first, second = pair("wait")
+    until(lambda: (tmp_path / "ready-1").exists(), first, second)
+    second.popen.terminate()
+    assert (second.finish().status, first.finish().status) == (143, 1)
+    assert first.finish().err.startswith("torchweft: node 1 of 2 was told to end by SIGTERM\n")
+
+
+def test_node_0_is_killed(pair, tmp_path: Path) -> None:
+    first, second = pair("wait")
+    until(lambda: (tmp_path / "ready-1").exists(), first, second)
+    first.popen.kill()
+    assert second.finish().status == 1
+    assert second.finish().err == (
+        "torchweft: node 0 of 2 has gone, and its command with it; see whether its computer, the "
+        "network or its command was ended\n"
+    )
+
+
+def test_nodes_with_different_numbers_of_processes(pair) -> None:
+    for done in map(Command.finish, pair("well", devices=(1, 2))):
+        assert done.status == 1
+        assert done.err == (
+            "error: --devices makes a different number of processes on the nodes: 1 on node 0, 2 "
+            "on node 1; give every node the same number\n"
+        )
+
+
+def test_nobody_at_the_endpoint(run) -> None:
+    """192.0.2.0/24 is for documentation: nobody has it."""
+    place = ["--num-nodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "192.0.2.77:29555"]
+    done = run(*RUN, *place, "--join-timeout", "3", SCRIPT, "{}")
+    assert done.status == 1
+    assert re.fullmatch(
+        "error: this node cannot reach --rdzv-endpoint 192.0.2.77:29555 after 3 s: .+; start the "
+        "command on the node with that address, see that no firewall is between, or raise "
+        "--join-timeout\n",
+        done.err,
+    )

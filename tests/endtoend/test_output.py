@@ -69,6 +69,27 @@ def test_a_failure_is_told_behind_the_output_with_its_file(
     assert f"\nits output: {tmp_path}/logs/rank-1.log\n" in done.err
 
 
+@pytest.mark.parametrize("fresh", [[], ["--no-preload"]], ids=["preloaded", "fresh"])
+def test_an_error_is_in_the_file_of_its_rank_and_told_once(
+    fresh: list[str], script: Path, tmp_path: Path, run
+) -> None:
+    more = ["--log-dir", "logs", "--tee", "all", "--max-restarts", "1"]
+    done = run(*COMMAND, *fresh, *more, script, "fail", cwd=tmp_path)
+    assert done.status == 1
+    assert done.err.count("ValueError: enough\n") == 2, done.err  # the headline and the traceback
+    assert "enough" not in done.out
+    shown = [line for line in done.out.splitlines() if line.startswith("[rank 1] ")]
+    lines = [line.format(1) for line in LINES]
+    assert shown == [f"[rank 1] {line}" for line in (*lines, " 20%", "end")] * 2
+    attempts = (tmp_path / "logs" / "rank-1.log").read_text().split("--- torchweft: rank 1, attem")
+    assert len(attempts) == 3
+    for attempt in attempts[1:]:
+        output, error = attempt.split("\n--- torchweft: rank 1 failed ---\n")
+        assert output.endswith("\nend")
+        assert error.startswith("Traceback (most recent call last):\n")
+        assert error.endswith("\nValueError: enough\n")
+
+
 def test_nothing_is_kept_where_no_folder_was_named(script: Path, tmp_path: Path, run) -> None:
     temporary = tmp_path / "t"
     temporary.mkdir()

@@ -123,8 +123,36 @@ WRONG = [
         2,
         "--max-restarts and --tee with --launcher spawn: that is for torch's agent, which makes",
     ),
+    (
+        ["--devices", "2", "-m", "torchweft.nothing.train"],
+        2,
+        "no module is called 'torchweft.nothing.train' (-m): there is no torchweft.nothing in /",
+    ),
+    (["--devices", "2", "-m", "json.tool.py"], 2, "(-m): json.tool is no package in /"),
+    (["-m", "torchweft.data"], 2, "-m torchweft.data is a package without a module __main__, wh"),
+    (["--devices", "2", "--tee", "1,2", "SCRIPT"], 2, "--tee 2: there are ranks 0 to 1 (--devices"),
+    (
+        ["--devices", "2", "--log-dir", "/dev/null", "SCRIPT"],
+        2,
+        "--log-dir /dev/null: no file can be written there (File exists); name a folder that is y",
+    ),
+    (
+        ["--launcher", "slurm", "--devices", "2", "SCRIPT"],
+        1,
+        "makes the processes from outside, and did not start this command; start the script w",
+    ),
     (["--launcher", "spwan", "SCRIPT"], 2, "no launcher is called 'spwan' (--launcher); did you"),
 ]
+
+
+@pytest.mark.parametrize("flag", ["--timeout", "--join-timeout"])
+@pytest.mark.parametrize("seconds", ["inf", "nan", "1e12"])
+def test_a_time_that_never_ends(flag: str, seconds: str, run) -> None:
+    result = run(*RUN, "--devices", "2", flag, seconds, SCRIPT, "{}")
+    assert result.status == 2
+    assert (
+        f"Invalid value for '{flag}': {seconds} is no number of seconds up to 31622400, a year"
+    ) in result.err
 
 
 @pytest.mark.parametrize(("arguments", "status", "words"), WRONG)

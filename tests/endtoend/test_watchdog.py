@@ -61,13 +61,15 @@ def test_it_says_which_and_who_did_not_come(fresh: list[str], tmp_path: Path, ru
 def test_it_says_who_came_with_another_one(tmp_path: Path, run) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
-    done = run(*COMMAND, script, "other", environ={"TMPDIR": str(tmp_path)})
+    # What is only shown does not stay, but for the stacks.
+    done = run(*COMMAND, "--tee", "all", script, "other", environ={"TMPDIR": str(tmp_path)})
     told = done.err.splitlines()[0]
     assert "; but rank " in told
     assert "with another one: " in told
     assert "broadcast of " in told
     (folder,) = tmp_path.glob("torchweft-stacks-*")
     assert told.endswith(f"every rank's stacks are in {folder}")
+    assert (folder / "stacks-rank-0.txt").exists()
 
 
 def test_it_knows_who_is_of_a_group(tmp_path: Path, run) -> None:

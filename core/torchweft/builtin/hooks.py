@@ -133,6 +133,7 @@ def torchweft_launchers() -> list[LauncherSpec]:
             detect=f"{_LAUNCHERS}.detect:torchrun",
             nodes="any",
             outside=True,
+            start="torchweft run --devices 2 train.py",
         ),
         LauncherSpec(
             name="mpi",
@@ -142,6 +143,7 @@ def torchweft_launchers() -> list[LauncherSpec]:
             detect=f"{_LAUNCHERS}.detect_mpi:mpi",
             nodes="any",
             outside=True,
+            start="mpirun -n 2 python train.py",
         ),
         LauncherSpec(
             name="lsf",
@@ -151,6 +153,7 @@ def torchweft_launchers() -> list[LauncherSpec]:
             detect=f"{_LAUNCHERS}.detect_lsf:lsf",
             nodes="any",
             outside=True,
+            start="jsrun -n 2 python train.py",
         ),
         LauncherSpec(
             name="kubeflow",
@@ -169,5 +172,6 @@ def torchweft_launchers() -> list[LauncherSpec]:
             detect=f"{_LAUNCHERS}.detect_slurm:slurm",
             nodes="any",
             outside=True,
+            start="srun -n 2 python train.py",
         ),
     ]

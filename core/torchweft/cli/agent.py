@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import multiprocessing
-import multiprocessing.util
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -28,9 +27,10 @@ from torchweft import process
 from torchweft.builtin.launchers.agent_rank import Script, Stdin, work
 from torchweft.cli.following import Follower
 from torchweft.cli.nodes import Meeting, meet
-from torchweft.cli.run import AGENT
-from torchweft.errors import RankFailed, TorchweftError
-from torchweft.failures import read_failure, report
+from torchweft.cli.run import AGENT, end_fork_server
+from torchweft.cli.tidings import Tidings
+from torchweft.errors import InvalidRequest, RankFailed, TorchweftError
+from torchweft.failures import Failure, first_failure, read_failure, report
 from torchweft.handoff import Handoff
 from torchweft.process import Marks
 
@@ -58,6 +58,7 @@ def drive(job: Job) -> NoReturn:
     except SignalException as error:
         status = 128 + int(error.sigval)
     except TorchweftError as error:
+        status = 2 if isinstance(error, InvalidRequest) else 1
         process.write_error(f"error: {error}\n")
     except BaseException as error:
         process.write_error(process.format_error(error))
@@ -65,15 +66,16 @@ def drive(job: Job) -> NoReturn:
         # The ranks are gone; tearing torch down here would only take time.
         shutil.rmtree(folder, ignore_errors=True)
         process.flush_streams()
-        _end_fork_server()
+        end_fork_server()
         os._exit(status)
 
 
 def _drive(job: Job, folder: Path) -> int:
     meeting = meet(job)
     oom_kills = process.oom_kills()
+    notices = _Notices(job, folder)
+    tidings = _tidings(job, meeting, notices)
     try:
-        notices = _Notices(job, folder)
         _meet_anew(job)
         with _following(job, folder):
             _launch(job, _config(job, meeting, folder), folder, _network(meeting))
@@ -81,17 +83,57 @@ def _drive(job: Job, folder: Path) -> int:
         if notices.told:
             return 128 + signal.SIGTERM
     except ChildFailedError as error:
-        failure = _describe(error, job, folder, process.oom_kills() - oom_kills)
-        process.write_error(f"torchweft: {failure}\n")
+        failures = _failures(error, folder)
+        failure = _describe(failures, job, folder, process.oom_kills() - oom_kills)
+        _tell(failure, tidings, lost=first_failure(failures).lost_peer)
         if job.log_dir is not None:
             path = os.path.join(os.path.abspath(job.log_dir), f"rank-{failure.rank}.log")
             process.write_error(f"its output: {path}\n")
         return failure.exit_status
+    except SignalException as error:
+        if tidings.news is not None:
+            process.write_error(f"torchweft: {tidings.news}\n")
+            return 1
+        if isinstance(job.num_nodes, int):  # the others of an elastic run go on
+            name = signal.Signals(error.sigval).name
+            tidings.fail(f"{_this_node(job)} was told to end by {name}")
+        raise
     except RendezvousError as error:
         raise TorchweftError(_never_met(job, error)) from error
     finally:
+        tidings.close()
         meeting.store = None
     return 0
+
+
+def _tidings(job: Job, meeting: Meeting, notices: _Notices) -> Tidings:
+    node = str(job.node_rank)
+    if job.num_nodes == 1 or meeting.join is None:
+        return Tidings(None, node, notices.end_now, serves=True)
+    if meeting.store is None:  # of a rendezvous that gives them other numbers in every round
+        node = f"{socket.gethostname()}:{os.getpid()}"
+        return Tidings(meeting.join, node, notices.end_now, serves=meeting.serves)
+    assert isinstance(job.num_nodes, int)
+    serves, nodes = meeting.serves, job.num_nodes
+    return Tidings(meeting.join, node, notices.end_now, serves=serves, nodes=nodes)
+
+
+def _this_node(job: Job) -> str:
+    if job.rdzv_endpoint:
+        return f"a node ({socket.gethostname()})"
+    return f"node {job.node_rank} of {job.num_nodes}"
+
+
+def _tell(failure: RankFailed, tidings: Tidings, *, lost: bool) -> None:
+    """Tell the failure here, and its headline to the other nodes; theirs is the cause, if any."""
+    text = str(failure)
+    news = tidings.cause() if lost else None
+    if news is None:
+        headline, _, _ = text.partition("\n\n")
+        tidings.fail(headline)
+    else:
+        text = f"{news}\nhere {text.splitlines()[0]}"
+    process.write_error(f"torchweft: {text}\n")
 
 
 def _never_met(job: Job, error: RendezvousError) -> str:
@@ -121,11 +163,17 @@ class _Notices:
 
     def __init__(self, job: Job, folder: Path) -> None:
         self.told = False
+        self._at_once = False
         self._processes = job.processes
         self._folder = folder
         for number in (*process.NOTICE, signal.SIGTERM):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._end if number == signal.SIGTERM else self._send)
+
+    def end_now(self) -> None:
+        """From any thread: end the ranks, whatever they mind, and the agent."""
+        self._at_once = True
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def _send(self, number: int, frame: FrameType | None) -> None:
         for file in _beside(_attempt(self._folder), process.stacks_file):
@@ -136,7 +184,7 @@ class _Notices:
 
     def _end(self, number: int, frame: FrameType | None) -> None:
         minding = _beside(_attempt(self._folder), process.minding_file)
-        if self.told or len(minding) < self._processes:
+        if self._at_once or self.told or len(minding) < self._processes:
             raise SignalException(f"process {os.getpid()} got {number}", signal.Signals(number))
         self.told = True
         # Who is told again does not ask again.
@@ -169,12 +217,6 @@ def _tell_if_nobody_joined(job: Job, folder: Path) -> None:
         )
 
 
-def _end_fork_server() -> None:
-    """Let go of it, and of the folder with its socket that ``multiprocessing`` made."""
-    with contextlib.suppress(Exception):
-        multiprocessing.util._run_finalizers()  # type: ignore[attr-defined]
-
-
 def _network(meeting: Meeting) -> dict[str, str]:
     """What ranks on several nodes are told of the network, unless the user did."""
     # gloo goes by the computer's name, which often means loopback.
@@ -199,6 +241,7 @@ def _launch(job: Job, config: LaunchConfig, folder: Path, environ: dict[str, str
         flags=job.flags,
         dry_run=job.dry_run,
         log_dir=_log_dir(job, folder),
+        log_stays=job.log_dir is not None,
         timeout=job.timeout,
         parent=os.getpid(),
     )
@@ -267,12 +310,26 @@ def _stdin() -> Stdin | None:
     return Stdin(0)
 
 
-def _describe(error: ChildFailedError, job: Job, folder: Path, oom_kills: int) -> RankFailed:
-    """The first failure, with what is known of the other ranks of the last attempt."""
+def _failures(error: ChildFailedError, folder: Path) -> list[Failure]:
+    """How the ranks of the last attempt failed."""
     # Who ended by itself; the agent counts those that it ended as failures too.
-    codes = Marks(str(folder), _last_attempt(folder)).read()
+    codes = _codes(folder)
     if not any(codes.values()):
         codes |= {rank: failure.exitcode for rank, failure in error.failures.items()}
+    files = _files(folder)
+    return [
+        read_failure(rank, codes.get(rank, 1), files.get(rank, folder / "none"))
+        for rank in sorted({*codes, *(rank for rank, file in files.items() if file.exists())})
+        if codes.get(rank, 1) != 0
+    ]
+
+
+def _codes(folder: Path) -> dict[int, int]:
+    return Marks(str(folder), _last_attempt(folder)).read()
+
+
+def _files(folder: Path) -> dict[int, Path]:
+    """The error files, whether there or not, of the ranks of the last attempt."""
     attempt = _attempt(folder)
     files: dict[int, Path] = {}
     for file in _beside(attempt, process.stacks_file):
@@ -282,17 +339,18 @@ def _describe(error: ChildFailedError, job: Job, folder: Path, oom_kills: int) -
     for file in _beside(attempt, lambda file: file):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             files[json.loads(file.read_text())["message"]["extraInfo"]["rank"]] = file
-    failures = [
-        read_failure(rank, codes.get(rank, 1), files.get(rank, folder / "none"))
-        for rank in sorted({*codes, *(rank for rank, file in files.items() if file.exists())})
-        if codes.get(rank, 1) != 0
-    ]
+    return files
+
+
+def _describe(failures: list[Failure], job: Job, folder: Path, oom_kills: int) -> RankFailed:
+    """The first failure, with what is known of the other ranks of the last attempt."""
+    codes = {**_codes(folder), **{failure.rank: failure.exitcode for failure in failures}}
     most = job.num_nodes[1] if isinstance(job.num_nodes, tuple) else job.num_nodes
     done = {rank for rank, code in codes.items() if code == 0}
-    for file in _beside(attempt, process.done_file):
+    for file in _beside(_attempt(folder), process.done_file):
         with contextlib.suppress(OSError, ValueError):
             done.add(int(process.done_file(file).read_text()))
-    stacks_of = {rank: process.read_stacks(file) for rank, file in files.items()}
+    stacks_of = {rank: process.read_stacks(file) for rank, file in _files(folder).items()}
     meanwhile = {
         rank: stacks.doing()
         for rank, stacks in stacks_of.items()

@@ -11,7 +11,7 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchweft.process import HEADING, outputs
+from torchweft.process import FAILURE, HEADING, outputs
 
 __all__ = ["Follower"]
 
@@ -24,6 +24,7 @@ _AT_ONCE = 1 << 20
 class _File:
     descriptor: int
     rest: bytes = b""
+    failed: bool = False
 
 
 class Follower:
@@ -73,12 +74,20 @@ class Follower:
                 *lines, file.rest = (file.rest + content).split(b"\n")
                 self._show(rank, lines)
 
+    def _told_elsewhere(self, rank: int, line: bytes) -> bool:
+        """Whether it is a heading, or of the error that ended an attempt: the report tells it."""
+        file = self._files[rank]
+        heading = line.startswith(HEADING.encode())
+        if heading:
+            file.failed = line.endswith(FAILURE.encode())
+        return heading or file.failed
+
     def _show(self, rank: int, lines: list[bytes]) -> None:
-        heading = HEADING.encode()
+        lines = [line for line in lines if not self._told_elsewhere(rank, line)]
         # Of a line that was written over again and again, as a progress bar is, the last state.
         shown = [line.rstrip(b"\r").rpartition(b"\r")[2] for line in lines]
         prefix = f"[rank {rank}] ".encode()
-        text = b"".join(prefix + line + b"\n" for line in shown if not line.startswith(heading))
+        text = b"".join(prefix + line + b"\n" for line in shown)
         try:
             while text:
                 text = text[os.write(self._target, text) :]

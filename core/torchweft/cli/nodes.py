@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from torchweft.errors import InvalidRequest, TorchweftError, listed
+from torchweft.errors import NotAvailable, TorchweftError, listed
 
 if TYPE_CHECKING:
     from torchweft.cli.run import Job
@@ -33,6 +33,7 @@ _TICK = 0.05
 _SIOCGIFADDR = 0x8915
 #: Seconds for which a node waits longer than node 0, which then says who is missing.
 _LATER = 5.0
+_TIDINGS = "torchweft/tidings"
 #: Seconds in which this node reaches itself.
 _NEAR = 5.0
 
@@ -45,6 +46,8 @@ class Meeting:
         endpoint: ``host:port`` for the agent.
         configs: of its rendezvous.
         store: kept for as long as the run lasts; None where the agent makes it.
+        join: gives a store of all nodes for what they tell each other; None: there is none.
+        serves: whether that is served by this node.
         address: of this node, by which the others reach it; empty on one node.
         interface: that has it; empty where it is not known.
     """
@@ -52,6 +55,8 @@ class Meeting:
     endpoint: str
     configs: dict[str, Any] = field(default_factory=dict)
     store: Any = None
+    join: Callable[[], Any] | None = None
+    serves: bool = False
     address: str = ""
     interface: str = ""
 
@@ -59,37 +64,54 @@ class Meeting:
 def meet(job: Job) -> Meeting:
     """Find or open the place, and wait until the other nodes of a fixed number are there.
 
-    Raises ``InvalidRequest`` for an address that does not resolve and ``TorchweftError`` for a port
+    Raises ``NotAvailable`` for an address that leads nowhere and ``TorchweftError`` for a port
     that is taken, a node 0 that does not answer, or nodes that do not come in time.
     """
     limit = int(job.join_timeout)
     configs: dict[str, Any] = {"join_timeout": limit, "timeout": limit, **dict(job.rdzv_conf)}
     if job.rdzv_endpoint:
-        host, _, port = job.rdzv_endpoint.rpartition(":")
-        host = host.strip("[]") or job.rdzv_endpoint
-        _check_resolves(host, f"--rdzv-endpoint {job.rdzv_endpoint}")
-        number = int(port) if port.isdigit() else _PORT
-        if job.rdzv_backend == "c10d":
-            # torch goes by the computer's name, which may be that of another interface or none.
-            configs.setdefault("is_host", _may_host(host, number))
-        return _from_here(Meeting(endpoint=f"{host}:{number}", configs=configs), host)
+        return _at_endpoint(job, job.rdzv_endpoint, configs)
     address = job.main_address or "127.0.0.1"
     _check_resolves(address, f"--main-address {address}")
     configs["rank"] = job.node_rank
     if job.num_nodes == 1:
-        store, port_ = _listen(address, job.main_port or 0)
+        store, port_ = _listen(address, job.main_port or 0, several=False)
         return Meeting(endpoint=f"{address}:{port_}", configs=configs, store=store)
     assert isinstance(job.num_nodes, int)  # an elastic number has no static rendezvous
     number = job.main_port or _PORT
     deadline = time.monotonic() + job.join_timeout
     if job.node_rank == 0:
-        store, _ = _listen(address, number)
+        store, _ = _listen(address, number, several=True)
         _await_all(PrefixStore("torchweft/nodes", store), job, deadline)
     else:
         store = _connect(address, number, job, deadline)
         _arrive(PrefixStore("torchweft/nodes", store), job, deadline)
-    meeting = Meeting(endpoint=f"{address}:{number}", configs=configs, store=store)
+    meeting = Meeting(
+        endpoint=f"{address}:{number}",
+        configs=configs,
+        store=store,
+        join=lambda: PrefixStore(_TIDINGS, store),
+        serves=job.node_rank == 0,
+    )
     return _from_here(meeting, address)
+
+
+def _at_endpoint(job: Job, endpoint: str, configs: dict[str, Any]) -> Meeting:
+    host, _, port = endpoint.rpartition(":")
+    host = host.strip("[]") or endpoint
+    _check_resolves(host, f"--rdzv-endpoint {endpoint}")
+    number = int(port) if port.isdigit() else _PORT
+    meeting = Meeting(endpoint=f"{host}:{number}", configs=configs)
+    if job.rdzv_backend == "c10d" and configs.get("store_type") != "file":
+        # torch goes by the computer's name, which may be that of another interface or none.
+        here = configs.setdefault("is_host", _may_host(host, number))
+        meeting.serves = str(here).lower() in ("true", "yes", "t", "y", "1")
+        deadline = time.monotonic() + job.join_timeout
+        if not meeting.serves:
+            _reach(host, number, deadline, _no_host(job))
+        prefix = f"{_TIDINGS}/{job.run_id}"
+        meeting.join = lambda: PrefixStore(prefix, _reach(host, number, deadline, _no_host(job)))
+    return _from_here(meeting, host)
 
 
 def _from_here(meeting: Meeting, host: str) -> Meeting:
@@ -125,7 +147,7 @@ def _check_resolves(host: str, said: str) -> None:
     try:
         socket.getaddrinfo(host, None)
     except OSError as error:
-        raise InvalidRequest(
+        raise NotAvailable(
             f"{said}: '{host}' does not resolve here ({error.strerror or error}); give an address "
             "by which this node reaches it, or see /etc/hosts and the name service"
         ) from error
@@ -150,7 +172,7 @@ def _bound(host: str, port: int) -> socket.socket:
     return made
 
 
-def _listen(address: str, port: int) -> tuple[Any, int]:
+def _listen(address: str, port: int, *, several: bool) -> tuple[Any, int]:
     """A store on that address alone; on all, where this node knows it by another one."""
     elsewhere = False
     try:
@@ -164,8 +186,12 @@ def _listen(address: str, port: int) -> tuple[Any, int]:
         listener.listen(1024)
     except OSError as error:
         raise TorchweftError(
-            f"cannot listen on {address}:{port}: {error.strerror}; choose another "
-            "--main-port, or leave it out on one node and a free one is taken"
+            f"cannot listen on {address}:{port}: {error.strerror}; "
+            + (
+                "choose another --main-port, the same on every node"
+                if several
+                else "choose another --main-port, or leave it out and a free one is taken"
+            )
         ) from error
     number = listener.getsockname()[1]
     if elsewhere:
@@ -181,7 +207,7 @@ def _listen(address: str, port: int) -> tuple[Any, int]:
     )
     store = _opened(make, 2 * _NEAR)
     if store is None:
-        raise InvalidRequest(_not_here(address, f"another program answers at port {number} of it"))
+        raise NotAvailable(_not_here(address, f"another program answers at port {number} of it"))
     return store, number
 
 
@@ -189,7 +215,7 @@ def _check_leads_here(address: str, port: int) -> None:
     try:
         socket.create_connection((address, port), timeout=_NEAR).close()
     except OSError as error:
-        raise InvalidRequest(_not_here(address, error.strerror or str(error))) from error
+        raise NotAvailable(_not_here(address, error.strerror or str(error))) from error
 
 
 def _not_here(address: str, why: str) -> str:
@@ -222,12 +248,35 @@ def _opened(make: Callable[[], Any], seconds: float) -> Any:
 
 def _connect(address: str, port: int, job: Job, deadline: float) -> Any:
     """The store of node 0, once it answers."""
-    said = "it never answered"
+    return _reach(
+        address,
+        port,
+        deadline,
+        f"node {job.node_rank} of {job.num_nodes} cannot reach node 0 at {address}:{port} "
+        f"(--main-address, --main-port) after {job.join_timeout:g} s: {{why}}; start the command "
+        "with --node-rank 0 there, see that no firewall is between, or raise --join-timeout",
+    )
+
+
+def _no_host(job: Job) -> str:
+    return (
+        f"this node cannot reach --rdzv-endpoint {job.rdzv_endpoint} after {job.join_timeout:g} s: "
+        "{why}; start the command on the node with that address, see that no firewall is between, "
+        "or raise --join-timeout"
+    )
+
+
+def _reach(address: str, port: int, deadline: float, refusal: str) -> Any:
+    """The store there, once it answers. Raises ``TorchweftError`` of ``refusal`` with the ``why``.
+
+    torch would wait for its own time, and prints a page for every try.
+    """
+    why = "it never answered"
     while time.monotonic() < deadline:
         try:
             socket.create_connection((address, port), timeout=2).close()
         except OSError as error:
-            said = error.strerror or str(error)
+            why = error.strerror or str(error)
             time.sleep(_TICK)
             continue
         limit = max(deadline - time.monotonic(), 1)
@@ -242,43 +291,63 @@ def _connect(address: str, port: int, job: Job, deadline: float) -> Any:
         try:
             store = _opened(make, limit + 1)
         except RuntimeError as error:
-            said = f"another program has that port: {str(error).splitlines()[0]}"
+            why = f"another program has that port: {str(error).splitlines()[0]}"
             break
         if store is not None:
             return store
-        said = "another program has that port, and is silent"
+        why = "another program has that port, and is silent"
         break
-    raise TorchweftError(
-        f"node {job.node_rank} of {job.num_nodes} cannot reach node 0 at {address}:{port} "
-        f"(--main-address, --main-port) after {job.join_timeout:g} s: {said}; start the command "
-        "with --node-rank 0 there, see that no firewall is between, or raise --join-timeout"
-    )
+    raise TorchweftError(refusal.replace("{why}", why))
 
 
 def _await_all(store: Any, job: Job, deadline: float) -> None:
     """At node 0, until every node has come."""
-    missing = list(range(1, job.num_nodes if isinstance(job.num_nodes, int) else 1))
+    most = job.num_nodes if isinstance(job.num_nodes, int) else 1
+    missing = list(range(1, most))
     while True:
         missing = [rank for rank in missing if not store.check([str(rank)])]
         if not missing:
-            store.set("all", "")
-            return
-        if time.monotonic() > deadline:
             break
+        if time.monotonic() > deadline:
+            _refuse(store, _who_is_missing(missing, job))
         time.sleep(_TICK)
+    devices = {rank: int(store.get(f"devices/{rank}")) for rank in range(1, most)}
+    devices[0] = job.processes
+    if len({*devices.values()}) > 1:
+        _refuse(store, _how_they_differ(devices))
+    store.set("all", "")
+
+
+def _refuse(store: Any, told: str) -> NoReturn:
+    """End all nodes with that sentence."""
+    store.set("refused", told)
+    time.sleep(4 * _TICK)  # the others read it from this process
+    raise TorchweftError(told)
+
+
+def _how_they_differ(devices: dict[int, int]) -> str:
+    by_number: dict[int, list[str]] = {}
+    for rank, number in sorted(devices.items()):
+        by_number.setdefault(number, []).append(str(rank))
+    parts = [f"{number} on node {listed(ranks)}" for number, ranks in by_number.items()]
+    return (
+        f"--devices makes a different number of processes on the nodes: {', '.join(parts)}; give "
+        "every node the same number"
+    )
+
+
+def _who_is_missing(missing: list[int], job: Job) -> str:
     who = listed([str(rank) for rank in missing])
-    told = (
+    return (
         f"{len(missing)} of {job.num_nodes} nodes did not come within {job.join_timeout:g} s "
         f"(--join-timeout): --node-rank {who}; start the command there too, with --main-address "
         f"{job.main_address} and --main-port {job.main_port or _PORT}"
     )
-    store.set("missing", told)
-    time.sleep(2 * _TICK)  # the others read it from this process
-    raise TorchweftError(told)
 
 
 def _arrive(store: Any, job: Job, deadline: float) -> None:
     """At another node: say so, and wait for the rest."""
+    store.set(f"devices/{job.node_rank}", str(job.processes))
     if store.add(str(job.node_rank), 1) > 1:
         raise TorchweftError(
             f"another node has come as --node-rank {job.node_rank} already; give each of the "
@@ -289,8 +358,8 @@ def _arrive(store: Any, job: Job, deadline: float) -> None:
         while time.monotonic() < deadline + _LATER:
             if store.check(["all"]):
                 return
-            if store.check(["missing"]):
-                told = store.get("missing").decode()
+            if store.check(["refused"]):
+                told = store.get("refused").decode()
                 break
             time.sleep(_TICK)
     raise TorchweftError(told)

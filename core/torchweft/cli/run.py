@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
 import sys
+import tempfile
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -15,13 +19,14 @@ import click
 from torchweft import process
 from torchweft.catalog import Catalog
 from torchweft.cli.completion import name_option
+from torchweft.cli.program import check_module, check_script
+from torchweft.cli.rendezvous import check_nodes, pairs
 from torchweft.detection import detect
 from torchweft.errors import (
     IncompatiblePlan,
     InvalidRequest,
     NotAvailable,
     TorchweftError,
-    did_you_mean,
 )
 from torchweft.handoff import Handoff
 from torchweft.manager import Manager
@@ -31,7 +36,7 @@ from torchweft.request import RunRequest
 from torchweft.resolve import resolve
 from torchweft.specs import Detection
 
-__all__ = ["AGENT", "check_outside", "check_script", "run"]
+__all__ = ["AGENT", "check_outside", "end_fork_server", "run"]
 
 #: The launcher whose processes this command has torch's agent make.
 AGENT = "torchrun"
@@ -55,6 +60,20 @@ _NEED_DEVICES = (
 
 #: Seconds that nodes wait for each other, as torch's agent does.
 _JOIN_TIMEOUT = 600.0
+#: The longest time that a flag takes, in seconds; beyond some centuries torch's clocks overflow.
+_LONGEST = 366 * 86400.0
+
+
+class _Seconds(click.FloatRange):
+    """A time that ends: neither ``inf`` nor ``nan``."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        seconds: float = super().convert(value, param, ctx)
+        if not seconds <= _LONGEST:
+            self.fail(f"{value} is no number of seconds up to {_LONGEST:.0f}, a year.", param, ctx)
+        return seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,14 +150,14 @@ class Job:
 @click.option("--rdzv-conf", help="More for the backend: last_call_timeout=5,read_timeout=60.")
 @click.option(
     "--join-timeout",
-    type=click.FloatRange(min=1),
+    type=_Seconds(min=1),
     help="Seconds that nodes wait for each other. Default: 600.",
 )
 @click.option("--log-dir", help="Folder: each rank writes its output to rank-N.log there.")
 @click.option("--tee", help="Ranks (0,2 or all) whose output is shown behind [rank N].")
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=_Seconds(min=0, min_open=True),
     help="Seconds for a collective; past it, every rank's stacks are written and the run ends.",
 )
 @click.option("--dry-run", is_flag=True, help="Stop after one batch of every loader.")
@@ -160,7 +179,7 @@ def run(
     if arguments[:1] == ("--",):
         arguments = arguments[1:]
     if module:
-        _check_module(script)
+        check_module(script)
     else:
         check_script(script, run)
     given = {name: value for name, value in options.items() if value is not None}
@@ -175,8 +194,7 @@ def run(
     if request.launcher not in (None, AGENT):
         _refuse_beside_launcher(given, request.launcher)
         catalog = _catalog()
-        if not catalog.named("launcher", request.launcher):
-            raise unknown_name("launcher", request.launcher, catalog, source="--launcher")
+        _check_launcher(request.launcher, catalog)
         _become_python(program, arguments, flags, dry_run)
     if request.devices is None:
         _refuse_without_devices(given)
@@ -200,7 +218,7 @@ def run(
         max_restarts=given.get("max_restarts", 0),
         rdzv_backend=given.get("rdzv_backend"),
         rdzv_endpoint=given.get("rdzv_endpoint"),
-        rdzv_conf=_pairs(given.get("rdzv_conf")),
+        rdzv_conf=pairs(given.get("rdzv_conf")),
         join_timeout=given.get("join_timeout", _JOIN_TIMEOUT),
         # Elsewhere than on Linux a process that has used the system's libraries cannot be forked.
         fresh=bool(given.get("no_preload")) or sys.platform != "linux",
@@ -209,14 +227,34 @@ def run(
         tee=_ranks_shown(given.get("tee")),
         timeout=given.get("timeout"),
     )
-    _check_nodes(job)
+    check_nodes(job)
+    _check_output(job)
+    process.exit_on_signals(end_fork_server)
     if not job.fresh:
         start_fork_server(job)
     # Only now: torch takes a second, in which the fork server imports it too.
-    with process.collector_off():
+    with process.collector_off(), _quiet_library():
         from torchweft.cli.agent import drive
 
+    process.exit_on_signals()
     drive(job)
+
+
+@contextlib.contextmanager
+def _quiet_library() -> Iterator[None]:
+    """Where torch is imported: its C++ code prints a page for each connection that is closed.
+
+    In this process alone, which says itself what has gone, and unless the user wants to see it.
+    """
+    name = "TORCH_CPP_LOG_LEVEL"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "ERROR"
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def _run_id(request: RunRequest, given: dict[str, Any]) -> str:
@@ -225,17 +263,6 @@ def _run_id(request: RunRequest, given: dict[str, Any]) -> str:
         return uuid.uuid4().hex[:16]
     where = (given.get("rdzv_endpoint"), given.get("main_address"), given.get("main_port"))
     return "-".join(["torchweft", *(str(part) for part in where if part is not None)])
-
-
-def _pairs(text: str | None) -> tuple[tuple[str, str], ...]:
-    parts = [part.partition("=") for part in text.split(",")] if text else []
-    wrong = [name for name, equals, _ in parts if not (name and equals)]
-    if wrong:
-        raise InvalidRequest(
-            f"--rdzv-conf takes 'key=value,key=value'; it was given '{text}', where '{wrong[0]}' "
-            "has no value"
-        )
-    return tuple((name.strip(), value.strip()) for name, _, value in parts)
 
 
 def _ranks_shown(text: str | None) -> tuple[int, ...] | Literal["all"] | None:
@@ -249,58 +276,27 @@ def _ranks_shown(text: str | None) -> tuple[int, ...] | Literal["all"] | None:
     return tuple(int(part) for part in text.split(","))
 
 
-def _check_module(name: str) -> None:
-    if not all(part.isidentifier() for part in name.split(".")):
+def _check_output(job: Job) -> None:
+    """Raise where there would be nothing to show, or no place to write."""
+    most = job.num_nodes[1] if isinstance(job.num_nodes, tuple) else job.num_nodes
+    ranks = most * job.processes
+    none = [rank for rank in job.tee if rank >= ranks] if isinstance(job.tee, tuple) else []
+    if none:
         raise InvalidRequest(
-            f"-m takes a module's name, such as package.train; '{name}' is none. For a file leave "
-            "-m out"
+            f"--tee {','.join(map(str, none))}: there are ranks 0 to {ranks - 1} (--devices, "
+            "--num-nodes); name one of them, or 'all'"
         )
-
-
-def _check_python(path: Path) -> None:
-    """Raise ``InvalidRequest`` for a file that python would only stumble over."""
-    with path.open("rb") as file:
-        head = file.read(4096)
-    first = head.split(b"\n", 1)[0]
-    if path.suffix == ".ipynb":
-        what = "a notebook; save it as a script (jupyter nbconvert --to script), or launch in it"
-    elif first.startswith(b"#!") and b"python" not in first:
-        what = f"a program for {first[2:].decode(errors='replace').strip()}; let it call this"
-        what += " command with the Python file in it"
-    elif b"\0" in head:
-        what = "no text; name the Python source"
-    else:
+    if job.log_dir is None:
         return
-    raise InvalidRequest(
-        f"script '{path}' is not Python: it is {what}. A module is run with -m package.module"
-    )
-
-
-def check_script(script: str, command: click.Command) -> None:
-    """Raise ``InvalidRequest`` unless there is a script, for a command that takes one."""
-    path = Path(script)
-    if path.is_file():
-        _check_python(path)
-        return
-    if script.startswith("-"):
-        flags = [flag for parameter in command.params for flag in parameter.opts]
-        name = script.partition("=")[0]
+    try:
+        os.makedirs(job.log_dir, exist_ok=True)
+        with tempfile.TemporaryFile(dir=job.log_dir):
+            pass
+    except OSError as error:
         raise InvalidRequest(
-            f"'torchweft {command.name}' has no option {name}{did_you_mean(name, flags)}; what is "
-            "meant for the script stands behind its path"
-        )
-    if path.is_dir():
-        raise InvalidRequest(f"script '{script}' is a folder; name the Python file in it")
-    near = ""
-    if path.parent.is_dir():
-        names = sorted(other.name for other in path.parent.glob("*.py"))[:5]
-        near = f"; Python files there: {', '.join(names)}" if names else ""
-    module = script.removesuffix(".py")
-    if not near and "." in module and all(part.isidentifier() for part in module.split(".")):
-        near = f"; a module is run with -m {module}"
-    raise InvalidRequest(
-        f"script '{script}' does not exist (looked in {path.absolute().parent}){near}"
-    )
+            f"--log-dir {job.log_dir}: no file can be written there ({error.strerror or error}); "
+            "name a folder that is yours, or one that is not there yet"
+        ) from error
 
 
 def _catalog() -> Catalog:
@@ -354,6 +350,21 @@ def _refuse_beside_launcher(given: dict[str, Any], launcher: str | None) -> None
         )
 
 
+def _check_launcher(name: str, catalog: Catalog) -> None:
+    """Refuse one that nobody declares, or that has to start this command and did not."""
+    entries = catalog.named("launcher", name)
+    if not entries:
+        raise unknown_name("launcher", name, catalog, source="--launcher")
+    found = detect(catalog, os.environ, name).entry
+    specs: list[Any] = [entry.spec for entry in entries]
+    if found is None and all(spec.outside for spec in specs):
+        how = next((f"; start the script with '{spec.start}'" for spec in specs if spec.start), "")
+        raise IncompatiblePlan(
+            f"--launcher {name}: launcher {entries[0].describe()} makes the processes from "
+            f"outside, and did not start this command{how}"
+        )
+
+
 def _become_python(
     program: list[str], arguments: tuple[str, ...], flags: dict[str, Any], dry_run: bool
 ) -> NoReturn:
@@ -399,42 +410,12 @@ def _resolves(request: RunRequest, catalog: Catalog) -> bool:
     return True
 
 
-def _check_nodes(job: Job) -> None:
-    several = job.num_nodes != 1
-    elastic = isinstance(job.num_nodes, tuple)
-    backend = job.rdzv_backend or "static"
-    if elastic and backend == "static":
-        raise InvalidRequest(
-            f"--num-nodes {job.flags['num_nodes']} lets nodes come and go, which the static "
-            "rendezvous cannot; add --rdzv-backend c10d --rdzv-endpoint HOST:PORT"
-        )
-    if backend != "static" and not job.rdzv_endpoint:
-        raise InvalidRequest(
-            f"--rdzv-backend {backend} needs --rdzv-endpoint HOST:PORT, where the nodes meet"
-        )
-    if backend == "static" and job.rdzv_endpoint:
-        raise InvalidRequest(
-            f"--rdzv-endpoint {job.rdzv_endpoint} is for --rdzv-backend c10d; the static "
-            "rendezvous takes --main-address and --main-port"
-        )
-    if several and backend == "static" and not job.main_address:
-        raise InvalidRequest(
-            f"--num-nodes {job.num_nodes} needs to know where the nodes meet; add --main-address "
-            "HOST (the address of node 0) and --node-rank on every node"
-        )
-    most = job.num_nodes[1] if isinstance(job.num_nodes, tuple) else job.num_nodes
-    if job.node_rank >= most:
-        raise InvalidRequest(
-            f"--node-rank {job.node_rank} is not one of 0 to {most - 1} (--num-nodes {most})"
-        )
-
-
 def start_fork_server(job: Job) -> None:
     """Start the process that imports torch once and forks every rank, restarts included."""
     import multiprocessing
     import multiprocessing.util
     from importlib.machinery import ModuleSpec
-    from multiprocessing import forkserver
+    from multiprocessing import forkserver, resource_tracker
 
     # What a rank re-imports as __main__ is the script, never this command.
     sys.modules["__main__"].__spec__ = ModuleSpec("torchweft.__main__", None)
@@ -444,9 +425,28 @@ def start_fork_server(job: Job) -> None:
     )
     # Python looks into a server's current folder first, where the user's files may hide a library.
     here = os.open(".", os.O_RDONLY)
+    resource_tracker.ensure_running()  # first: it lets signals in again
+    # A terminal's Ctrl-C is for the command, which ends the server, and for ranks, which let it in.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         os.chdir(multiprocessing.util.get_temp_dir())
         forkserver.ensure_running()
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.fchdir(here)
         os.close(here)
+
+
+def end_fork_server() -> None:
+    """End it, which may be in the middle of an import, and remove the folder with its socket."""
+    if "multiprocessing" not in sys.modules:
+        return
+    import multiprocessing.util
+    from multiprocessing import forkserver
+
+    server: Any = forkserver._forkserver
+    with contextlib.suppress(Exception):
+        if server._forkserver_pid is not None:
+            os.kill(server._forkserver_pid, signal.SIGKILL)
+    with contextlib.suppress(Exception):
+        multiprocessing.util._run_finalizers()  # type: ignore[attr-defined]

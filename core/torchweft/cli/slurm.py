@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -10,10 +11,13 @@ from typing import Any
 
 import click
 
+from torchweft.catalog import Catalog
 from torchweft.cli.batch_script import BatchScript
 from torchweft.cli.completion import name_option
-from torchweft.cli.run import check_script
-from torchweft.errors import InvalidRequest, NotAvailable
+from torchweft.cli.program import check_script
+from torchweft.errors import InvalidRequest, NotAvailable, UnknownName, did_you_mean
+from torchweft.manager import Manager
+from torchweft.missing import unknown_name
 from torchweft.request import RunRequest
 
 __all__ = ["slurm"]
@@ -86,8 +90,7 @@ def slurm(
     if arguments[:1] == ("--",):
         arguments = arguments[1:]
     check_script(script, slurm)
-    # A name that can mean nothing is told here, and not by every task after an hour in the queue.
-    RunRequest.parse(**{name: given[name] for name in _HANDED_ON})
+    _check_names(given)
     given["job_name"] = given["job_name"] or Path(script).stem
     options: dict[str, Any] = {
         name: given[flag] for flag, name in _OPTIONS.items() if given[flag] is not None
@@ -100,6 +103,22 @@ def slurm(
     )
     text = batch.text()
     click.echo(_submit(text) if submit else text, nl=submit)
+
+
+def _check_names(given: dict[str, Any]) -> None:
+    """A slip is told here, and not by every task after an hour in the queue.
+
+    Any other name that nobody has here may be the script's own, or of the cluster's nodes.
+    """
+    request = RunRequest.parse(**{name: given[name] for name in _HANDED_ON})
+    catalog = Catalog(Manager.from_entry_points(os.environ).declared)
+    for kind in _HANDED_ON:
+        name = getattr(request, kind)
+        known = {*catalog.names(kind), "auto"}
+        if name is not None and name not in known and did_you_mean(name, known):
+            error = unknown_name(kind, name, catalog, source=f"--{kind}")
+            if isinstance(error, UnknownName):
+                raise error
 
 
 def _command(script: str, arguments: tuple[str, ...], given: dict[str, Any]) -> list[str]:

@@ -37,7 +37,7 @@ from torchweft.process.files import close_files, flush_files, flush_streams, wri
 from torchweft.process.guard import end_like, fork_guarded
 from torchweft.process.marks import Marks
 from torchweft.process.memory import oom_kills
-from torchweft.process.output import HEADING, Output, outputs, redirect_output
+from torchweft.process.output import FAILURE, HEADING, Output, outputs, redirect_output
 from torchweft.process.outside import end_with_the_others
 from torchweft.process.script import run_call, run_module, run_script
 from torchweft.process.signals import (
@@ -49,13 +49,22 @@ from torchweft.process.signals import (
     held_back,
     in_main_thread,
     interrupt_patience,
+    let_in,
     respected,
 )
-from torchweft.process.stacks import Stacks, mind_end, read_stacks, stacks_file, tell_stacks
+from torchweft.process.stacks import (
+    Stacks,
+    forget_crash_handler,
+    mind_end,
+    read_stacks,
+    stacks_file,
+    tell_stacks,
+)
 
 __all__ = [
     "ENDING",
     "ERROR_FILE",
+    "FAILURE",
     "GRACE",
     "HEADING",
     "LONG_GRACE",
@@ -79,6 +88,7 @@ __all__ = [
     "exit_status",
     "flush_files",
     "flush_streams",
+    "forget_crash_handler",
     "forget_exit_handlers",
     "fork_guarded",
     "format_error",
@@ -87,6 +97,7 @@ __all__ = [
     "interpreter_flags",
     "interrupt_patience",
     "joined_file",
+    "let_in",
     "mind_end",
     "minding_file",
     "oom_kills",

@@ -12,8 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from torchweft.errors import TorchweftError
+from torchweft.handoff import Handoff
 from torchweft.process.begin import ERROR_FILE
 from torchweft.process.files import write_error
+from torchweft.process.output import add_failure
 
 __all__ = [
     "done_file",
@@ -113,6 +115,10 @@ def record_failure(error: BaseException) -> None:
     except OSError:
         # A full disk must not hide the error itself.
         write_error(text)
+        return
+    handoff = Handoff.read(os.environ)
+    if handoff is not None and handoff.log_dir:
+        add_failure(handoff.log_dir, text)
 
 
 def lost_peer(error: BaseException) -> bool:
@@ -150,4 +156,5 @@ def message_of(error: BaseException) -> str:
         text = str(error)
     except Exception as failure:
         text = f"<its message cannot be made: {type(failure).__name__}>"
-    return f"{type(error).__name__}: {text}"
+    # As Python has it: "MemoryError" alone.
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -26,6 +26,7 @@ from torchweft.process.signals import (
     NOTICE,
     held_back,
     interrupt_patience,
+    let_in,
     respected,
 )
 
@@ -58,6 +59,7 @@ def fork_guarded(
             detach_from_parent()
             return None
         watch = _Watch(pid, supervisor, pass_on, marks)
+    let_in(signal.SIGINT)  # a fork server holds it back
     code = watch.until_the_end()
     if watch.told:
         end_like(code)

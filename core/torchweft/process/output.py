@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -11,10 +12,12 @@ from pathlib import Path
 
 from torchweft.process.files import flush_streams
 
-__all__ = ["HEADING", "Output", "outputs", "redirect_output"]
+__all__ = ["FAILURE", "HEADING", "Output", "add_failure", "outputs", "redirect_output"]
 
 #: How the line begins that separates the attempts of a run, and the runs, in a file.
 HEADING = "--- torchweft: "
+#: How the line ends behind which the error follows that ended a rank.
+FAILURE = " failed ---"
 
 _PREFIX = "output-"
 
@@ -42,7 +45,7 @@ def redirect_output(log_dir: str, folder: str) -> None:
     rank = int(os.environ["RANK"])
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     os.makedirs(log_dir, exist_ok=True)
-    path = os.path.join(os.path.abspath(log_dir), f"rank-{rank}.log")
+    path = _file(log_dir, rank)
     flush_streams()
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     start = os.fstat(file).st_size
@@ -57,6 +60,24 @@ def redirect_output(log_dir: str, folder: str) -> None:
     part = Path(folder) / f"part-output-{rank}"
     part.write_text(json.dumps({"rank": rank, "path": path, "start": start}))
     part.replace(Path(folder) / f"{_PREFIX}{rank}")
+
+
+def add_failure(log_dir: str, text: str) -> None:
+    """Write the error that ends this rank into its file; the report tells it on the terminal."""
+    rank = os.environ.get("RANK", "0")
+    flush_streams()
+    with contextlib.suppress(OSError):  # it only repeats
+        path = _file(log_dir, rank)
+        with open(path, "rb") as file:
+            file.seek(-1, os.SEEK_END)
+            begun = file.read() != b"\n"
+        with open(path, "ab") as file:
+            heading = f"{HEADING}rank {rank}{FAILURE}"
+            file.write(f"{chr(10) if begun else ''}{heading}\n{text}".encode(errors="replace"))
+
+
+def _file(log_dir: str, rank: int | str) -> str:
+    return os.path.join(os.path.abspath(log_dir), f"rank-{rank}.log")
 
 
 def outputs(folder: str | Path) -> list[Output]:

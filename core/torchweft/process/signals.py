@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
@@ -19,6 +19,7 @@ __all__ = [
     "held_back",
     "in_main_thread",
     "interrupt_patience",
+    "let_in",
     "respected",
 ]
 
@@ -74,11 +75,25 @@ def held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def exit_on_signals() -> None:
-    """End this process in Python's way, with the status of a shell, when it is told to end."""
+def let_in(number: int) -> None:
+    """Let a signal in that whoever made this process may have held back."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
+
+
+def exit_on_signals(at_last: Callable[[], object] | None = None) -> None:
+    """End this process with the status of a shell when it is told to end.
+
+    It ends in Python's way; with ``at_last``, at once behind that call: in the middle of an import
+    a library may take the exception for its own, or print what it makes of it.
+    """
 
     def leave(number: int, frame: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + number)
+        if at_last is None:
+            raise SystemExit(128 + number)
+        try:
+            at_last()
+        finally:
+            os._exit(128 + number)
 
     for number in respected():
         signal.signal(number, leave)

@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,14 @@ from typing import Any
 
 from torchweft.process.begin import ERROR_FILE
 
-__all__ = ["Stacks", "mind_end", "read_stacks", "stacks_file", "tell_stacks"]
+__all__ = [
+    "Stacks",
+    "forget_crash_handler",
+    "mind_end",
+    "read_stacks",
+    "stacks_file",
+    "tell_stacks",
+]
 
 _FRAME = re.compile(r'^\s*File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
 
@@ -71,6 +79,16 @@ def tell_stacks() -> None:
 
         # A DataLoader's worker that is ended is no news of the rank.
         os.register_at_fork(after_in_child=in_child)
+
+
+def forget_crash_handler() -> None:
+    """Undo what torch's agent sets up in its processes, unless the user wants it too.
+
+    It would write the stacks of a crash to the terminal; ``tell_stacks`` keeps them for the report.
+    """
+    asked = sys.flags.dev_mode or "faulthandler" in sys._xoptions
+    if not asked and not os.environ.get("PYTHONFAULTHANDLER"):
+        faulthandler.disable()
 
 
 def _opened(error_file: Path, how: int) -> int:

@@ -75,7 +75,7 @@ def _init(ray: Any, address: str | None) -> None:
     # It gives up by sending this process SIGTERM, which its own handler makes a SystemExit.
     except (ConnectionError, ValueError, RuntimeError, SystemExit) as error:
         told = f"{source} says '{asked}': {error}" if asked != "auto" else "none runs here"
-        raise NotAvailable(f"launcher 'ray' reaches no Ray cluster ({told}); {_WAY_OUT}") from error
+        raise NotAvailable(f"launcher 'ray' reaches no Ray cluster ({told}); {_WAY_OUT}") from None
 
 
 def _check(address: str, source: str) -> None:
@@ -90,7 +90,7 @@ def _check(address: str, source: str) -> None:
         raise NotAvailable(
             f"launcher 'ray' reaches no Ray cluster ({source} says '{address}', and nobody answers "
             f"there: {error}); {_WAY_OUT}"
-        ) from error
+        ) from None
 
 
 class Node:

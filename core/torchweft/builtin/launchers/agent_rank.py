@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from multiprocessing import reduction
@@ -67,13 +68,18 @@ def work(script: Script) -> None:
     marks = process.Marks(script.folder, int(os.environ["TORCHELASTIC_RESTART_COUNT"]))
     code = process.fork_guarded(supervisor=command.sentinel, marks=marks)
     if code is None:
+        process.forget_crash_handler()
+        run = process.run_module if script.module else process.run_script
         try:
             _enter(script)
+            process.let_in(signal.SIGINT)
+            code = run(script.path, list(script.arguments))
+        except KeyboardInterrupt:  # before the script was
+            code = 128 + signal.SIGINT
         except BaseException as error:
             process.record_failure(error)
-            os._exit(1)
-        run = process.run_module if script.module else process.run_script
-        os._exit(run(script.path, list(script.arguments)))
+            code = 1
+        os._exit(code)
     if code != 0:
         process.end_like(code)
     # torch's agent waits for this function to return, in every rank.
