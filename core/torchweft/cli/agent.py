@@ -99,7 +99,11 @@ def _drive(job: Job, folder: Path) -> int:
             tidings.fail(f"{_this_node(job)} was told to end by {name}")
         raise
     except RendezvousError as error:
-        raise TorchweftError(_never_met(job, error)) from error
+        # The node that served it may have gone because it failed.
+        if tidings.cause() is None:
+            raise TorchweftError(_never_met(job, error)) from error
+        process.write_error(f"torchweft: {tidings.news}\n")
+        return 1
     finally:
         tidings.close()
         meeting.store = None
@@ -110,7 +114,7 @@ def _tidings(job: Job, meeting: Meeting, notices: _Notices) -> Tidings:
     node = str(job.node_rank)
     if job.num_nodes == 1 or meeting.join is None:
         return Tidings(None, node, notices.end_now, serves=True)
-    if meeting.store is None:  # of a rendezvous that gives them other numbers in every round
+    if job.rdzv_endpoint:  # where they get other numbers in every round
         node = f"{socket.gethostname()}:{os.getpid()}"
         return Tidings(meeting.join, node, notices.end_now, serves=meeting.serves)
     assert isinstance(job.num_nodes, int)
@@ -145,8 +149,10 @@ def _never_met(job: Job, error: RendezvousError) -> str:
             "(--join-timeout); start the same command on the others, or lower --num-nodes to what "
             "there is"
         )
+    # torch's own text says no more than to look at what caused it.
+    why = str(error.__cause__ or error).splitlines()[0]
     return (
-        f"the nodes could not meet at {where}: {error}; one of them has that address and listens "
+        f"the nodes could not meet at {where}: {why}; one of them has that address and listens "
         "there, and every other one has to reach it"
     )
 

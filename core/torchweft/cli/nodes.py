@@ -103,15 +103,31 @@ def _at_endpoint(job: Job, endpoint: str, configs: dict[str, Any]) -> Meeting:
     number = int(port) if port.isdigit() else _PORT
     meeting = Meeting(endpoint=f"{host}:{number}", configs=configs)
     if job.rdzv_backend == "c10d" and configs.get("store_type") != "file":
-        # torch goes by the computer's name, which may be that of another interface or none.
-        here = configs.setdefault("is_host", _may_host(host, number))
-        meeting.serves = str(here).lower() in ("true", "yes", "t", "y", "1")
+        _decide_host(meeting, host, number)
         deadline = time.monotonic() + job.join_timeout
         if not meeting.serves:
             _reach(host, number, deadline, _no_host(job))
         prefix = f"{_TIDINGS}/{job.run_id}"
         meeting.join = lambda: PrefixStore(prefix, _reach(host, number, deadline, _no_host(job)))
     return _from_here(meeting, host)
+
+
+def _decide_host(meeting: Meeting, host: str, port: int) -> None:
+    """Whether this node serves the store.
+
+    torch goes by the computer's name, which may be that of another interface or none.
+    """
+    given = meeting.configs.get("is_host")
+    if given is not None:
+        meeting.serves = str(given).lower() in ("true", "yes", "t", "y", "1")
+        return
+    if _may_host(host, port):
+        # Of several commands on this computer one gets the port; torch's own takes this for its.
+        with contextlib.suppress(RuntimeError):
+            meeting.store = TCPStore(
+                host, port, is_master=True, wait_for_workers=False, multi_tenant=True
+            )
+    meeting.serves = meeting.configs["is_host"] = meeting.store is not None
 
 
 def _from_here(meeting: Meeting, host: str) -> Meeting:

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -288,6 +287,8 @@ def _check_output(job: Job) -> None:
         )
     if job.log_dir is None:
         return
+    import tempfile  # for few, and not before the fork server is there
+
     try:
         os.makedirs(job.log_dir, exist_ok=True)
         with tempfile.TemporaryFile(dir=job.log_dir):

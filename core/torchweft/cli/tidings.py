@@ -98,7 +98,7 @@ class Tidings:
                 store.set(f"failure/{store.add('failures', 1)}", json.dumps(asdict(news)))
 
     def cause(self) -> News | None:
-        """What another node told, if it does so within moments."""
+        """What another node told, if it has or does so within moments."""
         self._over.set()
         deadline = time.monotonic() + (_PATIENCE if self._store is not None else 0)
         while self.news is None and time.monotonic() < deadline:
