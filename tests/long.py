@@ -10,6 +10,7 @@ __all__ = ["LONG"]
 
 LONG = (
     "conformance/test_launchers.py::TestSpawn",
+    "conformance/test_launchers.py::TestTorchrun",
     "conformance/test_strategies.py::TestDDPThatLooksForUnusedParameters",
     "conformance/test_strategies.py::TestFSDPByParts",
     "conformance/test_strategies.py::TestFSDPInBFloat16",
@@ -35,6 +36,7 @@ LONG = (
     "deepspeed/test_offload.py::test_in_16_bits_it_steps_as_what_is_not_offloaded[1]",
     "deepspeed/test_offload.py::test_in_16_bits_it_steps_as_what_is_not_offloaded[2]",
     "deepspeed/test_offload.py::test_what_is_offloaded_goes_on_from_anybodys_checkpoint[single",
+    "endtoend/test_command_lines.py::test_a_script_with_its_own_command_line[argparse]",
     "endtoend/test_command_lines.py::test_a_script_with_its_own_command_line[click]",
     "endtoend/test_dry_run.py::test_a_dry_run[fork]",
     "endtoend/test_dry_run.py::test_a_dry_run[fresh]",
@@ -59,6 +61,7 @@ LONG = (
     "endtoend/test_place.py::test_the_same_place[no preload]",
     "endtoend/test_should_stop.py::test_all_ranks_stop_at_the_same_step[no preload-",
     "endtoend/test_should_stop.py::test_all_ranks_stop_at_the_same_step[torchweft run-12",
+    "endtoend/test_soak.py::test_launches_of_four_ranks[python]",
     "endtoend/test_soak.py::test_restarts_after_a_killed_rank[fresh]",
     "endtoend/test_subclass.py::test_run_of_a_subclass[spawn]",
     "endtoend/test_thirdparty.py::test_the_strategy_of_the_docstring_passes_the_conformance_kit",

@@ -203,5 +203,8 @@ def read_until(terminal: int, words: str) -> str:
         left = deadline - time.monotonic()
         assert left > 0, f"{words!r} never came; the terminal shows:\n{seen}"
         if select.select([terminal], [], [], left)[0]:
-            seen += os.read(terminal, 4096).decode()
+            try:
+                seen += os.read(terminal, 4096).decode()
+            except OSError:  # nobody has the terminal any more
+                pytest.fail(f"{words!r} never came; the terminal has shown:\n{seen}")
     return seen

@@ -1,13 +1,15 @@
-"""Where no cluster is reached."""
+"""Where a cluster is reached, and where none is."""
 
 from __future__ import annotations
 
+import os
 import socket
 
 import pytest
 
 from torchweft import Fabric
 from torchweft.errors import InvalidRequest, NotAvailable
+from torchweft_ray.cluster import connected
 
 
 def closed() -> str:
@@ -60,3 +62,16 @@ def test_rays_client(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_numbers_that_mean_nothing(option: str) -> None:
     with pytest.raises(InvalidRequest, match=r"launcher 'ray' was given \w+=.* above 0"):
         Fabric(accelerator="cpu", devices=2, launcher=f"ray:{option}")
+
+
+@pytest.mark.parametrize("debugger", [None, "mine.set_trace"])
+def test_breakpoint_stays_the_user_s(
+    debugger: str | None, cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray would have what this process starts call a debugger of its own."""
+    monkeypatch.setenv("PYTHONBREAKPOINT", debugger or "")
+    if debugger is None:
+        monkeypatch.delenv("PYTHONBREAKPOINT")
+    with connected(cluster):
+        assert os.environ.get("PYTHONBREAKPOINT") == debugger
+    assert os.environ.get("PYTHONBREAKPOINT") == debugger

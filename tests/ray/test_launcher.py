@@ -135,6 +135,7 @@ def connection(cluster: str) -> Iterator[str]:
     yield cluster
     assert ray.is_initialized()
     ray.shutdown()
+    os.environ.pop("PYTHONBREAKPOINT", None)  # Ray has set it
 
 
 def work(fabric: Fabric) -> None:

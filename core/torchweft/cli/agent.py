@@ -104,6 +104,9 @@ def _drive(job: Job, folder: Path) -> int:
             raise TorchweftError(_never_met(job, error)) from error
         process.write_error(f"torchweft: {tidings.news}\n")
         return 1
+    except Exception as error:
+        tidings.fail(f"{_this_node(job)} could not go on: {type(error).__name__}: {error}")
+        raise
     finally:
         tidings.close()
         meeting.store = None

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 
+from torchweft.errors import TorchweftError
+
 __all__ = ["News", "Tidings"]
 
 _TICK = 0.5
@@ -148,11 +150,7 @@ class Tidings:
         beats: dict[str, tuple[int, float]] = {}
         news: News | None = None
         try:
-            assert self._join is not None
-            store = self._join()
-            with self._lock:
-                store.append("members", f"{self._node} ")
-                self._store = store
+            store = self._joined()
             while news is None and not self._over.wait(_TICK):
                 with self._lock:
                     news = self._look(store, beats)
@@ -161,6 +159,21 @@ class Tidings:
             news = self._gone("0", "has gone, and its command with it") if self._nodes else None
         if news is not None:
             self._end(news)
+
+    def _joined(self) -> Any:
+        """The store, in which this node is known from here on."""
+        assert self._join is not None
+        while True:
+            try:
+                store = self._join()
+                break
+            except TorchweftError:
+                if self._over.wait(_TICK):
+                    raise
+        store.append("members", f"{self._node} ")
+        with self._lock:
+            self._store = store
+        return store
 
     def _mind(self) -> None:
         """Where the network or node 0 went without a word, the other thread hangs in the store."""

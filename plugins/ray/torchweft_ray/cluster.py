@@ -22,6 +22,9 @@ _ANSWER = 5.0
 #: Seconds after which whoever waits for places is told.
 _MOMENT = 5.0
 
+#: The variable that says what ``breakpoint()`` calls.
+_DEBUGGER = "PYTHONBREAKPOINT"
+
 _WAY_OUT = (
     "start one with 'ray start --head', set RAY_ADDRESS to HOST:PORT of one that runs, or let "
     "launcher='ray:address=local' start one on this computer for this run"
@@ -70,12 +73,18 @@ def _init(ray: Any, address: str | None) -> None:
             "the cluster: start the script there, or hand it in with 'ray job submit'"
         )
     _check(asked, source)
+    debugger = os.environ.get(_DEBUGGER)
     try:
         ray.init(address=asked, log_to_driver=False, logging_level="WARNING")
     # It gives up by sending this process SIGTERM, which its own handler makes a SystemExit.
     except (ConnectionError, ValueError, RuntimeError, SystemExit) as error:
         told = f"{source} says '{asked}': {error}" if asked != "auto" else "none runs here"
         raise NotAvailable(f"launcher 'ray' reaches no Ray cluster ({told}); {_WAY_OUT}") from None
+    finally:
+        # Ray sets it to a debugger of its own, for every program that this one starts from here on.
+        os.environ.pop(_DEBUGGER, None)
+        if debugger is not None:
+            os.environ[_DEBUGGER] = debugger
 
 
 def _check(address: str, source: str) -> None:
