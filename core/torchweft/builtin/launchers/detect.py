@@ -57,5 +57,19 @@ def torchrun(environ: Mapping[str, str]) -> Detection | None:
 def _detection(reason: str, environ: Mapping[str, str]) -> Detection:
     rank = RankInfo.from_environ(environ)
     return Detection(
-        reason=reason, world_size=rank.world_size, processes_per_node=rank.local_world_size
+        reason=reason,
+        world_size=rank.world_size,
+        processes_per_node=rank.local_world_size,
+        objection=_uneven(rank, environ.get("GROUP_WORLD_SIZE", "")),
+    )
+
+
+def _uneven(rank: RankInfo, nodes: str) -> str:
+    """What is wrong where the nodes, of which torch's agent tells the number, differ in size."""
+    if not nodes.isdecimal() or int(nodes) * rank.local_world_size == rank.world_size:
+        return ""
+    return (
+        f"the nodes have different numbers of processes: {rank.local_world_size} of "
+        f"{rank.world_size} are on this one of {nodes} nodes; give every node the same --devices "
+        "(torchrun: --nproc-per-node)"
     )
