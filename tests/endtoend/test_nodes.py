@@ -276,9 +276,9 @@ def test_nodes_with_different_numbers_of_processes_behind_c10d(pair) -> None:
     for done in map(Command.finish, pair("well", devices=(1, 2), c10d=True)):
         assert done.status == 1
         assert re.match(
-            r"torchweft: rank \d of \d failed: InvalidRequest: 'torchweft run' started this process, "
-            r"but the nodes have different numbers of processes: [12] of 3 are on this one of 2 "
-            r"nodes; give every node the same --devices \(torchrun: --nproc-per-node\)\n",
+            r"torchweft: rank \d of \d failed: InvalidRequest: 'torchweft run' started this "
+            r"process, but the nodes have different numbers of processes: [12] of 3 are on this "
+            r"one of 2 nodes; give every node the same --devices \(torchrun: --nproc-per-node\)\n",
             done.err,
         )
 
