@@ -69,6 +69,11 @@ def test_an_exception_that_cannot_say_what_it_is(error_file: Path) -> None:
     assert "<exception str() failed>" in message["extraInfo"]["py_callstack"]
 
 
+def test_an_exception_without_words(error_file: Path) -> None:
+    process.record_failure(MemoryError())
+    assert json.loads(error_file.read_text())["message"]["message"] == "MemoryError"
+
+
 class Unpicklable(Exception):
     def __init__(self, lock: object) -> None:
         super().__init__("holds a lock")
