@@ -140,9 +140,10 @@ def report(
             f"rank {first.rank} of {world_size} lost rank {_ranks(left)}, which was done, without "
             "an error; every rank has to take part in every collective operation"
         )
+    elif first.lost_peer:
+        headline = f"rank {first.rank} of {world_size} lost another: {_SOURCE.sub('', cause)}"
     else:
-        happened = "lost another" if first.lost_peer else "failed"
-        headline = f"rank {first.rank} of {world_size} {happened}: {_SOURCE.sub('', cause)}"
+        headline = f"rank {first.rank} of {world_size} failed: {cause}"
     lines = [headline]
     if first.node:
         number = f", process {first.pid}" if first.pid else ""

@@ -22,6 +22,7 @@ def begin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Begin]:
     monkeypatch.setattr(tidings, "_SILENCE", 0.6)
     monkeypatch.setattr(tidings, "_MOMENT", 0.1)
     monkeypatch.setattr(tidings, "_PATIENCE", 0.5)
+    monkeypatch.setattr(tidings, "_HEARD", 0.5)
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     made: list[Tidings] = []
 

@@ -205,6 +205,9 @@ fabric.launch()
 fabric.barrier()
 if how == "behind" and rank == "1":
     raise ValueError("enough")
+Path(folder, f"met-{rank}").touch()
+if how == "met" and rank == "1":
+    time.sleep(600)
 if how != "well":
     fabric.barrier()
     time.sleep(600)
@@ -263,6 +266,16 @@ def test_node_0_is_killed(pair, tmp_path: Path) -> None:
     )
 
 
+def test_a_node_is_killed_whose_ranks_have_met(pair, tmp_path: Path) -> None:
+    first, second = pair("met")
+    until(lambda: all((tmp_path / f"met-{rank}").exists() for rank in (0, 1)), first, second)
+    second.popen.kill()
+    done = first.finish()
+    assert done.status == 1
+    assert done.err.startswith("torchweft: rank 0 of 2 lost another: RuntimeError: ")
+    assert "\nno other node told why; see whether one, or its command, was ended\n" in done.err
+
+
 def test_nodes_with_different_numbers_of_processes(pair) -> None:
     for done in map(Command.finish, pair("well", devices=(1, 2))):
         assert done.status == 1
@@ -281,6 +294,17 @@ def test_nodes_with_different_numbers_of_processes_behind_c10d(pair) -> None:
             r"one of 2 nodes; give every node the same --devices \(torchrun: --nproc-per-node\)\n",
             done.err,
         )
+
+
+@pytest.mark.parametrize("given", ["localhost:70000", "localhost:0", "localhost:a", ":", "::1"])
+def test_what_is_no_endpoint(given: str, run) -> None:
+    place = ["--num-nodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", given]
+    done = run(*RUN, *place, "--join-timeout", "2", SCRIPT, "{}")
+    assert done.status == 2
+    assert done.err == (
+        "error: --rdzv-endpoint takes HOST:PORT, with a port from 1 to 65535, and [HOST]:PORT for "
+        f"an address of IPv6; it was given '{given}'\n"
+    )
 
 
 def test_nobody_at_the_endpoint(run) -> None:

@@ -139,7 +139,10 @@ WRONG = [
     (
         ["--launcher", "slurm", "--devices", "2", "SCRIPT"],
         1,
-        "makes the processes from outside, and did not start this command; start the script w",
+        (
+            "makes the processes from outside, and did not start this command; start the script "
+            "with 'srun -n 2 python train.py'"
+        ),
     ),
     (["--launcher", "spwan", "SCRIPT"], 2, "no launcher is called 'spwan' (--launcher); did you"),
 ]

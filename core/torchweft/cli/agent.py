@@ -26,8 +26,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torchweft import process
 from torchweft.builtin.launchers.agent_rank import Script, Stdin, work
 from torchweft.cli.following import Follower
+from torchweft.cli.fork_server import end_fork_server
 from torchweft.cli.nodes import Meeting, meet
-from torchweft.cli.run import AGENT, end_fork_server
+from torchweft.cli.run import AGENT
 from torchweft.cli.tidings import Tidings
 from torchweft.errors import InvalidRequest, RankFailed, TorchweftError
 from torchweft.failures import Failure, first_failure, read_failure, report
@@ -104,6 +105,9 @@ def _drive(job: Job, folder: Path) -> int:
             raise TorchweftError(_never_met(job, error)) from error
         process.write_error(f"torchweft: {tidings.news}\n")
         return 1
+    except SystemExit:  # told to, before the agent minds signals
+        tidings.fail(f"{_this_node(job)} was told to end")
+        raise
     except Exception as error:
         tidings.fail(f"{_this_node(job)} could not go on: {type(error).__name__}: {error}")
         raise
@@ -135,11 +139,14 @@ def _tell(failure: RankFailed, tidings: Tidings, *, lost: bool) -> None:
     """Tell the failure here, and its headline to the other nodes; theirs is the cause, if any."""
     text = str(failure)
     news = tidings.cause() if lost else None
-    if news is None:
-        headline, _, _ = text.partition("\n\n")
-        tidings.fail(headline)
-    else:
+    headline, blank, trace = text.partition("\n\n")
+    if news is not None:
         text = f"{news}\nhere {text.splitlines()[0]}"
+    else:
+        tidings.fail(headline)
+        if lost and tidings.shared:
+            headline += "\nno other node told why; see whether one, or its command, was ended"
+            text = f"{headline}{blank}{trace}"
     process.write_error(f"torchweft: {text}\n")
 
 
@@ -153,7 +160,7 @@ def _never_met(job: Job, error: RendezvousError) -> str:
             "there is"
         )
     # torch's own text says no more than to look at what caused it.
-    why = str(error.__cause__ or error).splitlines()[0]
+    why, _, _ = str(error.__cause__ or error).partition("\n")
     return (
         f"the nodes could not meet at {where}: {why}; one of them has that address and listens "
         "there, and every other one has to reach it"

@@ -307,7 +307,7 @@ def _reach(address: str, port: int, deadline: float, refusal: str) -> Any:
         try:
             store = _opened(make, limit + 1)
         except RuntimeError as error:
-            why = f"another program has that port: {str(error).splitlines()[0]}"
+            why = f"another program has that port: {str(error).partition(chr(10))[0]}"
             break
         if store is not None:
             return store

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
@@ -63,6 +64,8 @@ def check_nodes(job: Job) -> None:
         raise InvalidRequest(
             f"--rdzv-backend {backend} needs --rdzv-endpoint HOST:PORT, where the nodes meet"
         )
+    if backend == "c10d":
+        _check_endpoint(job.rdzv_endpoint or "")
     if backend == "static" and job.rdzv_endpoint:
         raise InvalidRequest(
             f"--rdzv-endpoint {job.rdzv_endpoint} is for --rdzv-backend c10d; the static "
@@ -90,6 +93,15 @@ def _check_backend(name: str) -> None:
             f"torch has no rendezvous '{name}' (--rdzv-backend){near} there are "
             f"{', '.join(known)}; others come from packages with an entry point in the group "
             f"'{_GROUP}'"
+        )
+
+
+def _check_endpoint(text: str) -> None:
+    found = re.fullmatch(r"(\[[^\[\]]+\]|[^:\[\]]+)(:(?P<port>[0-9]{1,5}))?", text)
+    if not found or not 0 < int(found["port"] or 1) < 65536:
+        raise InvalidRequest(
+            f"--rdzv-endpoint takes HOST:PORT, with a port from 1 to 65535, and [HOST]:PORT for an "
+            f"address of IPv6; it was given '{text}'"
         )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import signal
 import sys
 import uuid
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import click
 from torchweft import process
 from torchweft.catalog import Catalog
 from torchweft.cli.completion import name_option
+from torchweft.cli.fork_server import end_fork_server, start_fork_server
 from torchweft.cli.program import check_module, check_script
 from torchweft.cli.rendezvous import check_nodes, pairs
 from torchweft.detection import detect
@@ -35,7 +35,7 @@ from torchweft.request import RunRequest
 from torchweft.resolve import resolve
 from torchweft.specs import Detection
 
-__all__ = ["AGENT", "check_outside", "end_fork_server", "run"]
+__all__ = ["AGENT", "check_outside", "run"]
 
 #: The launcher whose processes this command has torch's agent make.
 AGENT = "torchrun"
@@ -230,7 +230,7 @@ def run(
     _check_output(job)
     process.exit_on_signals(end_fork_server)
     if not job.fresh:
-        start_fork_server(job)
+        start_fork_server(job.preload)
     # Only now: torch takes a second, in which the fork server imports it too.
     with process.collector_off(), _quiet_library():
         from torchweft.cli.agent import drive
@@ -409,45 +409,3 @@ def _resolves(request: RunRequest, catalog: Catalog) -> bool:
     except TorchweftError:
         return False
     return True
-
-
-def start_fork_server(job: Job) -> None:
-    """Start the process that imports torch once and forks every rank, restarts included."""
-    import multiprocessing
-    import multiprocessing.util
-    from importlib.machinery import ModuleSpec
-    from multiprocessing import forkserver, resource_tracker
-
-    # What a rank re-imports as __main__ is the script, never this command.
-    sys.modules["__main__"].__spec__ = ModuleSpec("torchweft.__main__", None)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        process.served(["torchweft.builtin.launchers.agent_rank", *job.preload])
-    )
-    # Python looks into a server's current folder first, where the user's files may hide a library.
-    here = os.open(".", os.O_RDONLY)
-    resource_tracker.ensure_running()  # first: it lets signals in again
-    # A terminal's Ctrl-C is for the command, which ends the server, and for ranks, which let it in.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        os.chdir(multiprocessing.util.get_temp_dir())
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        os.fchdir(here)
-        os.close(here)
-
-
-def end_fork_server() -> None:
-    """End it, which may be in the middle of an import, and remove the folder with its socket."""
-    if "multiprocessing" not in sys.modules:
-        return
-    import multiprocessing.util
-    from multiprocessing import forkserver
-
-    server: Any = forkserver._forkserver
-    with contextlib.suppress(Exception):
-        if server._forkserver_pid is not None:
-            os.kill(server._forkserver_pid, signal.SIGKILL)
-    with contextlib.suppress(Exception):
-        multiprocessing.util._run_finalizers()  # type: ignore[attr-defined]

@@ -24,10 +24,12 @@ _TICK = 0.5
 #: Seconds that a node may say nothing before it counts as lost.
 _SILENCE = 30.0
 #: Seconds in which ranks that lose others of another node fail by themselves.
-_MOMENT = 5.0
-#: Seconds for which a node whose ranks only lost others waits for word of the cause, and the one
-#: that serves the store for the others to have heard.
-_PATIENCE = 5.0
+_MOMENT = 2.0
+#: Seconds for which a node whose ranks only lost others waits for word of the cause. Together with
+#: those in which its ranks end it stays below the five in which a run is over.
+_PATIENCE = 3.0
+#: Seconds in which all nodes have looked, and the one that serves the store can go.
+_HEARD = 1.5
 _FIRST = "failure/1"
 
 
@@ -89,6 +91,11 @@ class Tidings:
             if nodes and not serves:
                 threading.Thread(target=self._mind, name="silence", daemon=True).start()
 
+    @property
+    def shared(self) -> bool:
+        """Whether there are others to tell."""
+        return self._join is not None
+
     def fail(self, text: str) -> None:
         """Tell the others why this node's part of the run ended."""
         self._over.set()
@@ -118,7 +125,7 @@ class Tidings:
             store.set(f"left/{self._node}", "")
             if self._serves and (self._nodes or self._told):
                 others = {f"left/{node}" for node in self._others(store)}
-                store.wait(sorted(others), timedelta(seconds=_PATIENCE))
+                store.wait(sorted(others), timedelta(seconds=_HEARD))
 
     def _others(self, store: Any) -> list[str]:
         if self._nodes:
