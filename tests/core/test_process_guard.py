@@ -31,6 +31,11 @@ def say(word):
     os.write(1, (word + "\\n").encode())
 def on(number, word, *then):
     signal.signal(number, lambda *_: (say(word), *(t() for t in then)))
+def rest(seconds):
+    # In steps: Python sleeps through a signal that comes just before the system call.
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.05)
 """
 
 
@@ -95,7 +100,7 @@ def test_a_signal_is_passed_on(guard, tmp_path: Path) -> None:
     code = (
         "on(signal.SIGUSR1, 'usr1')\n"
         "on(signal.SIGTERM, 'term', lambda: sys.exit(5))\n"
-        "say('ready')\nwhile True: time.sleep(1)\n"
+        "say('ready')\nrest(60)\n"
     )
     process = guard(code, marks=tmp_path)
     until(process, "ready")
@@ -109,7 +114,7 @@ def test_a_signal_is_passed_on(guard, tmp_path: Path) -> None:
 
 def test_a_signal_for_all_comes_once(guard) -> None:
     """torch's agent sends signals to a whole session."""
-    code = "on(signal.SIGTERM, 'term')\nsay('ready')\ntime.sleep(1)\n"
+    code = "on(signal.SIGTERM, 'term')\nsay('ready')\nrest(1)\n"
     process = guard(code, pass_on=False)
     until(process, "ready")
     os.killpg(process.pid, signal.SIGTERM)
@@ -119,7 +124,7 @@ def test_a_signal_for_all_comes_once(guard) -> None:
 def test_an_interrupt_from_a_terminal_comes_once(guard) -> None:
     code = (
         "on(signal.SIGINT, 'interrupted')\non(signal.SIGTERM, 'term')\n"
-        "say('ready')\ntime.sleep(1)\nsay('saved')\n"
+        "say('ready')\nrest(1)\nsay('saved')\n"
     )
     process = guard(code)
     until(process, "ready")
@@ -128,7 +133,7 @@ def test_an_interrupt_from_a_terminal_comes_once(guard) -> None:
 
 
 def test_an_interrupt_for_the_guard_alone_is_not_lost(guard) -> None:
-    process = guard("say('ready')\ntime.sleep(60)\n")
+    process = guard("say('ready')\nrest(60)\n")
     until(process, "ready")
     process.send_signal(signal.SIGINT)
     assert ended(process) == (-signal.SIGTERM, "")
@@ -136,7 +141,7 @@ def test_an_interrupt_for_the_guard_alone_is_not_lost(guard) -> None:
 
 def test_a_guard_that_was_told_to_end_waits_for_nobody(guard) -> None:
     """Its caller would wait for ever for something that nobody sends any more."""
-    code = "on(signal.SIGTERM, 'term', lambda: os._exit(0))\nsay('ready')\ntime.sleep(60)\n"
+    code = "on(signal.SIGTERM, 'term', lambda: os._exit(0))\nsay('ready')\nrest(60)\n"
     process = guard(code, then="wait")
     until(process, "ready")
     process.terminate()
@@ -152,7 +157,7 @@ def test_a_guard_whose_rank_is_gone_can_be_ended(guard) -> None:
 
 def test_the_rank_ends_with_whoever_waits_for_it(guard) -> None:
     reader, writer = os.pipe()
-    process = guard("say('ready')\ntime.sleep(60)\n", supervisor=reader)
+    process = guard("say('ready')\nrest(60)\n", supervisor=reader)
     until(process, "ready")
     os.close(reader)
     os.close(writer)
@@ -160,7 +165,7 @@ def test_the_rank_ends_with_whoever_waits_for_it(guard) -> None:
 
 
 def test_the_rank_ends_with_its_guard(guard) -> None:
-    process = guard("say('ready')\ntime.sleep(60)\n")
+    process = guard("say('ready')\nrest(60)\n")
     until(process, "ready")
     process.kill()
     assert ended(process) == (-9, "")
@@ -169,7 +174,7 @@ def test_the_rank_ends_with_its_guard(guard) -> None:
 @pytest.mark.parametrize("failed", [True, False])
 def test_a_rank_that_minds_no_signal(failed: bool, guard, tmp_path: Path) -> None:
     """Seconds where another rank failed; otherwise it has the time that it needs."""
-    code = "on(signal.SIGTERM, 'term')\nsay('ready')\ntime.sleep(3.5)\nsay('saved')\n"
+    code = "on(signal.SIGTERM, 'term')\nsay('ready')\nrest(3.5)\nsay('saved')\n"
     process = guard(code, marks=tmp_path)
     until(process, "ready")
     if failed:

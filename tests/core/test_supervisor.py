@@ -213,7 +213,8 @@ def test_a_rank_that_saves_is_given_time(watch: Watch, tmp_path: Path) -> None:
         "    sys.exit(0)\n"
         "signal.signal(15, save)\n"
         f"open({str(ready)!r}, 'w')\n"
-        "time.sleep(600)\n"
+        # Python sleeps through a signal that comes just before the system call.
+        "while True: time.sleep(0.1)\n"
     )
     supervisor = watch(code)
     while not ready.exists():
@@ -255,7 +256,8 @@ def test_a_notice_is_the_ranks_and_ends_nothing() -> None:
             self.popen = subprocess.Popen(
                 [sys.executable, "-c", "import signal, time, sys\\n"
                  "signal.signal(signal.SIGUSR1, lambda *_: (print('saved'), sys.exit(0)))\\n"
-                 "print('ready', flush=True); time.sleep(60)"], stdout=subprocess.PIPE, text=True)
+                 "print('ready', flush=True)\\n"
+                 "while True: time.sleep(0.1)"], stdout=subprocess.PIPE, text=True)
             self.popen.stdout.readline()
         pid = property(lambda self: self.popen.pid)
         exitcode = property(lambda self: self.popen.poll())

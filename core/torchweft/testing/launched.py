@@ -226,7 +226,9 @@ def _wait(fabric: Fabric, folder: Path) -> None:
     """Until it is interrupted."""
     fabric.barrier()
     _tell(folder, "waits", _who(fabric))
-    time.sleep(600)
+    # In steps: Python sleeps through a signal that comes just before the system call.
+    while True:
+        time.sleep(0.1)
 
 
 _PARTS: dict[str, Callable[[Fabric, Path], None]] = {

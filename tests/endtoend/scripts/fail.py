@@ -55,7 +55,9 @@ def wait_for_an_end(rank, save, folder):
         signal.signal(signal.SIGTERM, saved)
     Path(folder, f"ready-{rank}").touch()
     try:
-        time.sleep(600)
+        # In steps: Python sleeps through a signal that comes just before the system call.
+        while True:
+            time.sleep(0.1)
     except KeyboardInterrupt:
         time.sleep(1)
         Path(folder, f"saved-{rank}").touch()
