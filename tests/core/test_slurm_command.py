@@ -194,7 +194,19 @@ def test_names_that_nobody_has(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--strategy=xla_fsdp" in printed(capsys, "--strategy", "xla_fsdp", "train.py")[-1]
 
 
-def test_what_is_said_of_a_script_names_no_flag_of_another_command(
-    capsys: pytest.CaptureFixture[str],
+def test_a_module(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert " -m " not in refused(capsys, "package.train")
+    (tmp_path / "project").mkdir()
+    monkeypatch.chdir(tmp_path / "project")
+    assert "a module is run with -m package.train" in refused(capsys, "package.train")
+    assert "no module is called 'package.train' (-m)" in refused(capsys, "-m", "package.train")
+    Path("package").mkdir()
+    Path("package", "train.py").write_text("")
+    lines = printed(capsys, "-m", "package.train", "--lr", "0.1")
+    assert lines[1] == "#SBATCH --job-name=package.train"
+    assert lines[-1] == f"srun --kill-on-bad-exit=1 {sys.executable} -m package.train --lr 0.1"
+    lines = printed(capsys, "--strategy", "ddp", "-m", "package.train", "--lr", "0.1")
+    assert lines[-1].endswith(
+        f"{sys.executable} -m torchweft run --strategy=ddp -m package.train -- --lr 0.1"
+    )

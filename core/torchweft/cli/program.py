@@ -13,10 +13,24 @@ import click
 
 from torchweft.errors import InvalidRequest, did_you_mean
 
-__all__ = ["check_module", "check_script"]
+__all__ = ["check_program", "module_option"]
+
+#: The flag of a command that runs a module as well as a script.
+module_option = click.option(
+    "-m", "--module", is_flag=True, help="SCRIPT is a module's name, as for python -m."
+)
 
 
-def check_module(name: str) -> None:
+def check_program(script: str, module: bool, command: click.Command) -> list[str]:
+    """What python is to be given for it; ``InvalidRequest`` unless there is such a program."""
+    if module:
+        _check_module(script)
+        return ["-m", script]
+    _check_script(script, command)
+    return [script]
+
+
+def _check_module(name: str) -> None:
     """Raise ``InvalidRequest`` unless ``python -m`` would find that module in the current folder.
 
     Nothing is imported for it. Of a package that makes its own ``__path__`` Python has the word.
@@ -76,7 +90,7 @@ def _extends_itself(spec: ModuleSpec) -> bool:
     return b"__path__" in Path(spec.origin).read_bytes()
 
 
-def _check_python(path: Path, command: click.Command) -> None:
+def _check_python(path: Path) -> None:
     """Raise ``InvalidRequest`` for a file that python would only stumble over."""
     with path.open("rb") as file:
         head = file.read(4096)
@@ -90,19 +104,16 @@ def _check_python(path: Path, command: click.Command) -> None:
         what = "no text; name the Python source"
     else:
         return
-    module = ". A module is run with -m package.module" if _runs_modules(command) else ""
-    raise InvalidRequest(f"script '{path}' is not Python: it is {what}{module}")
+    raise InvalidRequest(
+        f"script '{path}' is not Python: it is {what}. A module is run with -m package.module"
+    )
 
 
-def _runs_modules(command: click.Command) -> bool:
-    return any("-m" in parameter.opts for parameter in command.params)
-
-
-def check_script(script: str, command: click.Command) -> None:
+def _check_script(script: str, command: click.Command) -> None:
     """Raise ``InvalidRequest`` unless there is a script, for a command that takes one."""
     path = Path(script)
     if path.is_file():
-        _check_python(path, command)
+        _check_python(path)
         return
     if script.startswith("-"):
         flags = [flag for parameter in command.params for flag in parameter.opts]
@@ -119,7 +130,7 @@ def check_script(script: str, command: click.Command) -> None:
         near = f"; Python files there: {', '.join(names)}" if names else ""
     module = script.removesuffix(".py")
     named = "." in module and all(part.isidentifier() for part in module.split("."))
-    if not near and named and _runs_modules(command):
+    if not near and named:
         near = f"; a module is run with -m {module}"
     raise InvalidRequest(
         f"script '{script}' does not exist (looked in {path.absolute().parent}){near}"

@@ -18,7 +18,7 @@ from torchweft import process
 from torchweft.catalog import Catalog
 from torchweft.cli.completion import name_option
 from torchweft.cli.fork_server import end_fork_server, start_fork_server
-from torchweft.cli.program import check_module, check_script
+from torchweft.cli.program import check_program, module_option
 from torchweft.cli.rendezvous import check_nodes, pairs
 from torchweft.detection import detect
 from torchweft.errors import (
@@ -142,7 +142,7 @@ class Job:
     "launcher",
     help="Who makes the processes, where it is not torch's agent: ray, …",
 )
-@click.option("-m", "--module", is_flag=True, help="SCRIPT is a module's name, as for python -m.")
+@module_option
 @click.option("--max-restarts", type=click.IntRange(min=0), help="After failures. Default: 0.")
 @click.option("--rdzv-backend", help="How several nodes meet: static (default), c10d, …")
 @click.option("--rdzv-endpoint", help="Where they meet: HOST:PORT.")
@@ -177,10 +177,7 @@ def run(
         arguments = tuple(rest)
     if arguments[:1] == ("--",):
         arguments = arguments[1:]
-    if module:
-        check_module(script)
-    else:
-        check_script(script, run)
+    program = check_program(script, module, run)
     given = {name: value for name, value in options.items() if value is not None}
     flags: dict[str, Any] = {
         name: given[name]
@@ -189,7 +186,6 @@ def run(
     }
     request = RunRequest.parse(**flags)
     request = replace(request, sources={name: f"--{name.replace('_', '-')}" for name in flags})
-    program = ["-m", script] if module else [script]
     if request.launcher not in (None, AGENT):
         _refuse_beside_launcher(given, request.launcher)
         catalog = _catalog()

@@ -14,7 +14,7 @@ import click
 from torchweft.catalog import Catalog
 from torchweft.cli.batch_script import BatchScript
 from torchweft.cli.completion import name_option
-from torchweft.cli.program import check_script
+from torchweft.cli.program import check_program, module_option
 from torchweft.errors import InvalidRequest, NotAvailable, UnknownName, did_you_mean
 from torchweft.manager import Manager
 from torchweft.missing import unknown_name
@@ -55,7 +55,7 @@ _HANDED_ON = ("accelerator", "strategy", "precision")
 @click.option("--time", metavar="LIMIT", help="Such as 30 (minutes), 4:00:00 or 2-0.")
 @click.option("--partition", metavar="NAME", help="Where to run.")
 @click.option("--account", metavar="NAME", help="Who pays.")
-@click.option("--job-name", metavar="NAME", help="Default: the name of the script.")
+@click.option("--job-name", metavar="NAME", help="Default: the name of SCRIPT.")
 @click.option("--output", metavar="PATH", help="Where the output goes. Default: SLURM's.")
 @click.option(
     "--signal",
@@ -73,9 +73,15 @@ _HANDED_ON = ("accelerator", "strategy", "precision")
 @name_option("accelerator", metavar="NAME", help="Handed on to Fabric(...).")
 @name_option("strategy", metavar="NAME", help="Handed on to Fabric(...).")
 @name_option("precision", metavar="NAME", help="Handed on to Fabric(...).")
+@module_option
 @click.option("--submit", is_flag=True, help="Submit it with sbatch and print the job's number.")
 def slurm(
-    script: str, arguments: tuple[str, ...], more: tuple[str, ...], submit: bool, **given: Any
+    script: str,
+    arguments: tuple[str, ...],
+    more: tuple[str, ...],
+    module: bool,
+    submit: bool,
+    **given: Any,
 ) -> None:
     """Print a batch script that runs SCRIPT with ARGUMENTS under SLURM, a rank for every task.
 
@@ -89,15 +95,15 @@ def slurm(
     """
     if arguments[:1] == ("--",):
         arguments = arguments[1:]
-    check_script(script, slurm)
+    program = check_program(script, module, slurm)
     _check_names(given)
-    given["job_name"] = given["job_name"] or Path(script).stem
+    given["job_name"] = given["job_name"] or (script if module else Path(script).stem)
     options: dict[str, Any] = {
         name: given[flag] for flag, name in _OPTIONS.items() if given[flag] is not None
     }
     batch = BatchScript(
         options={**options, **_others(more)},
-        command=_command(script, arguments, given),
+        command=_command(program, arguments, given),
         # Since SLURM 22.05 a step does not take it from the job.
         srun=[f"--cpus-per-task={given['cpus_per_task']}"] if given["cpus_per_task"] else [],
     )
@@ -121,12 +127,12 @@ def _check_names(given: dict[str, Any]) -> None:
                 raise error
 
 
-def _command(script: str, arguments: tuple[str, ...], given: dict[str, Any]) -> list[str]:
+def _command(program: list[str], arguments: tuple[str, ...], given: dict[str, Any]) -> list[str]:
     handed = [f"--{name}={given[name]}" for name in _HANDED_ON if given[name] is not None]
     if not handed:
-        return [sys.executable, script, *arguments]
+        return [sys.executable, *program, *arguments]
     # Without --devices it becomes that Python itself.
-    return [sys.executable, "-m", "torchweft", "run", *handed, script, "--", *arguments]
+    return [sys.executable, "-m", "torchweft", "run", *handed, *program, "--", *arguments]
 
 
 def _others(more: tuple[str, ...]) -> dict[str, str | bool]:
