@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchweft import worker
+from torchweft import process, worker
 from torchweft.accumulation import Accumulation, Groups
 from torchweft.api import Accelerator, Precision, RankInfo, Run, Strategy
 from torchweft.api.batch import mover
@@ -852,8 +852,10 @@ def _in_rank(
     try:
         result = function(fabric, *args, **kwargs)
     except BaseException as error:
-        sys.last_value = error
-        live.leave(failed=True)
+        failed = process.exit_status(error) != 0  # sys.exit() ends it well
+        if failed:
+            sys.last_value = error
+        live.leave(failed=failed)
         raise
     live.leave(failed=False)
     return result

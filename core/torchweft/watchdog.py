@@ -12,6 +12,7 @@ import faulthandler
 import json
 import os
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -68,7 +69,9 @@ class Watchdog:
                 if progress.rests(self._records("pg_status")) > self.timeout:
                     overdue = self._overdue()
             first = overdue is not None and store.add(_OVERDUE, 1) == 1
-            store.set(f"at/{self.rank.rank}", json.dumps(self._state()))
+            # Nobody else ends the run: whatever fails from here on, it has to end.
+            with contextlib.suppress(RuntimeError):
+                store.set(f"at/{self.rank.rank}", json.dumps(self._state()))
             if first and overdue is not None:
                 self._give_up(overdue, self._states(store))
 
@@ -92,42 +95,52 @@ class Watchdog:
             group = record["process_group"][0]
             if group not in last or record["record_id"] > last[group]["record_id"]:
                 last[group] = record
-        return {"last": {g: _kept(record) for g, record in last.items()}, "at": self._stacks()}
+        at, unwritten = self._stacks()
+        kept = {group: _kept(record) for group, record in last.items()}
+        return {"last": kept, "at": at, "unwritten": unwritten}
 
-    def _stacks(self) -> str:
-        """Write them; returns where the main thread is."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"stacks-rank-{self.rank.rank}.txt"
-        with path.open("w") as file:
-            faulthandler.dump_traceback(file=file)
+    def _stacks(self) -> tuple[str, str]:
+        """Write them; returns where the main thread is, and why they could not be written."""
+        text, unwritten = "", ""
+        try:
+            with tempfile.TemporaryFile() as file:
+                faulthandler.dump_traceback(file=file)
+                file.seek(0)
+                text = file.read().decode(errors="replace")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / f"stacks-rank-{self.rank.rank}.txt").write_text(text)
+        except OSError as error:
+            unwritten = error.strerror or str(error)
         stacks = process.Stacks(
-            rank=self.rank.rank,
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            text=path.read_text(errors="replace"),
+            rank=self.rank.rank, host=socket.gethostname(), pid=os.getpid(), text=text
         )
-        return stacks.doing()
+        return stacks.doing(), unwritten
 
     def _states(self, store: Any) -> dict[int, dict[str, Any]]:
         """Of all ranks that answer."""
         deadline = time.monotonic() + _PATIENCE
         states: dict[int, dict[str, Any]] = {}
         missing = set(range(self.rank.world_size))
-        while missing and time.monotonic() < deadline:
-            for rank in sorted(missing):
-                if store.check([f"at/{rank}"]):
-                    states[rank] = json.loads(store.get(f"at/{rank}"))
-            missing -= states.keys()
-            time.sleep(0.02)
+        with contextlib.suppress(RuntimeError):  # the store goes with whoever serves it
+            while missing and time.monotonic() < deadline:
+                for rank in sorted(missing):
+                    if store.check([f"at/{rank}"]):
+                        states[rank] = json.loads(store.get(f"at/{rank}"))
+                missing -= states.keys()
+                time.sleep(0.02)
         return states
 
     def _give_up(self, overdue: dict[str, Any], states: dict[int, dict[str, Any]]) -> NoReturn:
         members = _members(overdue, self.rank.world_size)
         told = explain(_kept(overdue), members, states)
+        unwritten = {state["unwritten"] for state in states.values()} - {""}
+        where = f"every rank's stacks are in {self.folder}"
+        if unwritten:
+            where = f"stacks could not be written to {self.folder}: {', '.join(sorted(unwritten))}"
         process.record_failure(
             CollectiveTimeout(
                 f"{_name(overdue, members)} took longer than {self.timeout:g} s (--timeout): "
-                f"{told}; every rank's stacks are in {self.folder}"
+                f"{told}; {where}"
             )
         )
         process.flush_streams()

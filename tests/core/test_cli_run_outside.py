@@ -55,6 +55,27 @@ def test_more_or_fewer_agents_than_nodes(
     )
 
 
+POD = {"KUBERNETES_SERVICE_HOST": "10.96.0.1", "PET_NPROC_PER_NODE": "4"}
+
+
+@pytest.mark.parametrize(
+    ("pod", "num_nodes"),
+    [
+        ({"PET_NNODES": "2", "PET_NODE_RANK": "0", "PET_MASTER_ADDR": "a-0"}, 2),
+        ({"PET_NNODES": "1:4", "PET_RDZV_ENDPOINT": "a-0:29400"}, "1:4"),
+    ],
+    ids=["fixed", "elastic"],
+)
+def test_the_command_that_a_pod_is_told_to_start(
+    monkeypatch: pytest.MonkeyPatch, pod: dict[str, str], num_nodes: int | str
+) -> None:
+    """What python alone cannot be there, this command can."""
+    for name, value in {**POD, **pod}.items():
+        monkeypatch.setenv(name, value)
+    catalog = Catalog(Manager.from_entry_points({}).declared)
+    check_outside(RunRequest.parse(devices=4, num_nodes=num_nodes), catalog)
+
+
 def test_where_nobody_made_it(monkeypatch: pytest.MonkeyPatch) -> None:
     catalog = Catalog(Manager.from_entry_points({}).declared)
     for name in [name for name in os.environ if name.startswith("SLURM_")]:

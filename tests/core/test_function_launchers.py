@@ -11,9 +11,9 @@ import pytest
 from tests.core.fresh_python import python
 
 HEAD = '''
-import os, random, signal, sys, tempfile, threading, time
+import contextlib, os, random, signal, sys, tempfile, threading, time, types
 import torch
-from torchweft import Fabric
+from torchweft import Fabric, hookimpl
 from torchweft.errors import Misuse, RankFailed, TorchweftError
 
 def fabric(launcher):
@@ -118,6 +118,24 @@ def fork_alone(folder):
     check("rank 1 of 2 failed: ValueError: rank one has had enough" in str(error), error)
     error = raised(leave, 3)
     check("of 2 failed: ended with exit status 3" in str(error) and error.exit_status == 3, error)
+
+    # What plugins see of either.
+    saw = os.path.join(folder, "saw")
+    @contextlib.contextmanager
+    def torchweft_worker_context(run):
+        try:
+            yield
+        except SystemExit as end:
+            open(saw, "w").close()
+            raise
+    hooks = types.ModuleType("hooks")
+    hooks.torchweft_worker_context = hookimpl(torchweft_worker_context)
+    watched = Fabric(accelerator="cpu", devices=2, strategy="ddp", launcher="fork", plugins=[hooks])
+    check(watched.launch(leave, 0) is None and not os.path.exists(saw), "an end without a failure")
+    try:
+        watched.launch(leave, 3)
+    except RankFailed:
+        os.remove(saw)
     error = raised(die_while_sending)
     check("rank 0 of 2 failed: killed by signal 9" in str(error), error)
 

@@ -29,6 +29,20 @@ def caught(error: BaseException) -> BaseException:
         return same
 
 
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[gloo/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"), True),
+        (RuntimeError("it is full"), False),
+        # The script's own, of a service or of a pipe.
+        (ConnectionRefusedError(111, "Connection refused"), False),
+        (BrokenPipeError(32, "Broken pipe"), False),
+    ],
+)
+def test_who_lost_another_rank(error: Exception, lost: bool) -> None:
+    assert failure.lost_peer(error) == lost
+
+
 def test_the_file_is_torch_s_own(error_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
     error = caught(ValueError("no"))

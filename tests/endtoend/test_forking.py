@@ -115,6 +115,46 @@ def test_another_thread(run, script) -> None:
     assert AGAIN in result.err
 
 
+@pytest.mark.parametrize("how", ["script", "module"])
+def test_a_script_that_went_elsewhere(how: str, run, script, tmp_path: Path) -> None:
+    """It runs again from where it was started, and goes there again."""
+    path = script(
+        "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+        "os.makedirs('out', exist_ok=True)\n"
+        "os.chdir('out')\n"
+        "fabric = start()\n"
+        "say(fabric.global_rank, os.getcwd(), sys.argv[1:])\n"
+    )
+    named = [path.name] if how == "script" else ["-m", path.stem]
+    result = run(sys.executable, *named, "script.py", cwd=tmp_path)
+    assert result.status == 0, result.err
+    assert sorted(result.lines) == [f"{rank} {tmp_path}/out ['script.py']" for rank in (0, 1)]
+    assert AGAIN in result.err
+
+
+def test_a_fork_server_of_multiprocessing(run, script) -> None:
+    """One that the script has used is its own; ranks start others."""
+    path = script(
+        "import multiprocessing\n"
+        "def double(number):\n"
+        "    return 2 * number\n"
+        "if __name__ == '__main__':\n"
+        "    context = multiprocessing.get_context('forkserver')\n"
+        "    def doubled(number):\n"
+        "        with context.Pool(1) as pool:\n"
+        "            done = pool.apply(double, [number])\n"
+        "            pool.close()\n"
+        "            pool.join()\n"
+        "        return done\n"
+        "    doubled(1)\n"
+        "    fabric = start()\n"
+        "    say(fabric.global_rank, doubled(fabric.global_rank))\n"
+    )
+    result = run(sys.executable, path)
+    assert (result.status, result.err) == (0, "")
+    assert sorted(result.lines) == ["0 0", "1 2"]
+
+
 def test_a_tracer(run, script) -> None:
     path = script(
         "def trace(frame, event, argument):\n    return None\n"

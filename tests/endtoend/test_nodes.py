@@ -7,10 +7,13 @@ import re
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from torch.distributed import PrefixStore, TCPStore
 
 from tests.endtoend.commands import SCRIPTS, Command
 from tests.endtoend.test_elastic import until
@@ -119,8 +122,40 @@ def test_two_nodes_with_one_number(start, run) -> None:
     nodes = [start(*RUN, "--node-rank", number, *more) for number in ("0", "1", "1")]
     errors = [node.finish().err for node in nodes]
     assert "1 of 3 nodes did not come within 12 s (--join-timeout): --node-rank 2" in errors[0]
-    doubled = "another node has come as --node-rank 1 already; give each of the 3 nodes a number"
+    doubled = "another node has come as --node-rank 1; give each of the 3 nodes a number"
     assert [doubled in error for error in sorted(errors[1:])].count(True) == 1
+
+
+def test_a_node_that_comes_again(start, run) -> None:
+    """One that ended while others were awaited takes no part, and nobody's number."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    place = ["--num-nodes", "3", "--main-address", "127.0.0.1", "--main-port", str(port)]
+    more = [*place, "--join-timeout", "60", SCRIPT, "{}"]
+    first = start(*RUN, "--node-rank", "0", *more)
+    killed = start(*RUN, "--node-rank", "1", *more)
+    store = _store_of_nodes(port)
+    store.wait(["1"], timedelta(seconds=30))
+    killed.popen.kill()
+    killed.popen.wait()
+    before = store.get("1")
+    again = start(*RUN, "--node-rank", "1", *more)
+    deadline = time.monotonic() + 30
+    while store.get("1") == before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    last = start(*RUN, "--node-rank", "2", *more)
+    assert [node.finish().status for node in (first, again, last)] == [0, 0, 0]
+
+
+def _store_of_nodes(port: int) -> PrefixStore:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            break
+        time.sleep(0.05)
+    store = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+    return PrefixStore("torchweft/nodes", store)
 
 
 @pytest.mark.parametrize("given", ["a", "a=1,b", "=1"])

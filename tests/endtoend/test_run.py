@@ -192,6 +192,16 @@ def test_what_is_not_python(name: str, content: bytes, what: str, run, tmp_path:
     assert result.err.endswith("A module is run with -m package.module\n")
 
 
+def test_what_python_runs_is_python(run, tmp_path: Path) -> None:
+    """Whatever its first line means to a shell, and whether or not it could be imported."""
+    script = tmp_path / "01_train.py"
+    script.write_text("#!/usr/bin/env -S uv run --script\nprint(__name__)\n")
+    assert run(*RUN, "--devices", "1", script).out == "__main__\n"
+    assert run(*RUN, "--devices", "1", "-m", "01_train", cwd=tmp_path).out == "__main__\n"
+    refused = run(*RUN, "--devices", "1", "-m", "./01_train.py", cwd=tmp_path)
+    assert refused.err.startswith("error: -m takes a module's name, such as package.train; './01_")
+
+
 @pytest.mark.parametrize("more", [["--devices", "2"], ["--devices", "2", "--no-preload"], []])
 def test_a_module(more: list[str], run, tmp_path: Path) -> None:
     package = tmp_path / "package"

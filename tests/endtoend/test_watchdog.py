@@ -72,6 +72,21 @@ def test_it_says_who_came_with_another_one(tmp_path: Path, run) -> None:
     assert (folder / "stacks-rank-0.txt").exists()
 
 
+def test_where_stacks_cannot_be_written(tmp_path: Path, run) -> None:
+    """What goes wrong with them does not keep the run from its end."""
+    script = tmp_path / "train.py"
+    folder = tmp_path / "torchweft-stacks-"
+    taken = f"open({str(folder)!r} + os.environ['TORCHELASTIC_RUN_ID'], 'w').close()"
+    script.write_text(SCRIPT.replace("\n\n\ntrain()", f"\n\nimport os\n{taken}\n\ntrain()"))
+    done = run(*COMMAND, script, "sleep", environ={"TMPDIR": str(tmp_path)})
+    assert done.status == 1
+    told = done.err.splitlines()[0]
+    assert "rank 0, 2 came to it; rank 1 did not: it is at train.py:" in told
+    assert f"; stacks could not be written to {folder}" in told
+    assert told.endswith(": File exists")
+    assert "Traceback" not in done.err
+
+
 def test_it_knows_who_is_of_a_group(tmp_path: Path, run) -> None:
     script = tmp_path / "train.py"
     lines = [

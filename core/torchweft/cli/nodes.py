@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import queue
 import socket
 import struct
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -19,7 +21,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from torchweft.errors import NotAvailable, TorchweftError, listed
+from torchweft.cli.rendezvous import split_endpoint
+from torchweft.errors import InvalidRequest, NotAvailable, TorchweftError, listed
 
 if TYPE_CHECKING:
     from torchweft.cli.run import Job
@@ -97,12 +100,16 @@ def meet(job: Job) -> Meeting:
 
 
 def _at_endpoint(job: Job, endpoint: str, configs: dict[str, Any]) -> Meeting:
-    host, _, port = endpoint.rpartition(":")
-    host = host.strip("[]") or endpoint
+    if job.rdzv_backend != "c10d":  # whose endpoint may be no host, and has another usual port
+        meeting = Meeting(endpoint=endpoint, configs=configs)
+        with contextlib.suppress(InvalidRequest, OSError):
+            return _from_here(meeting, split_endpoint(endpoint)[0])
+        return meeting
+    host, port = split_endpoint(endpoint)
     _check_resolves(host, f"--rdzv-endpoint {endpoint}")
-    number = int(port) if port.isdigit() else _PORT
+    number = port or _PORT
     meeting = Meeting(endpoint=f"{host}:{number}", configs=configs)
-    if job.rdzv_backend == "c10d" and configs.get("store_type") != "file":
+    if configs.get("store_type") != "file":
         _decide_host(meeting, host, number)
         deadline = time.monotonic() + job.join_timeout
         if not meeting.serves:
@@ -319,19 +326,16 @@ def _reach(address: str, port: int, deadline: float, refusal: str) -> Any:
 def _await_all(store: Any, job: Job, deadline: float) -> None:
     """At node 0, until every node has come."""
     most = job.num_nodes if isinstance(job.num_nodes, int) else 1
-    missing = list(range(1, most))
-    while True:
-        missing = [rank for rank in missing if not store.check([str(rank)])]
-        if not missing:
-            break
+    others = range(1, most)
+    while missing := [rank for rank in others if not store.check([str(rank)])]:
         if time.monotonic() > deadline:
             _refuse(store, _who_is_missing(missing, job))
         time.sleep(_TICK)
-    devices = {rank: int(store.get(f"devices/{rank}")) for rank in range(1, most)}
-    devices[0] = job.processes
+    came = {rank: json.loads(store.get(str(rank))) for rank in others}
+    devices = {0: job.processes, **{rank: node["devices"] for rank, node in came.items()}}
     if len({*devices.values()}) > 1:
         _refuse(store, _how_they_differ(devices))
-    store.set("all", "")
+    store.set("all", json.dumps([node["command"] for node in came.values()]))
 
 
 def _refuse(store: Any, told: str) -> NoReturn:
@@ -363,19 +367,31 @@ def _who_is_missing(missing: list[int], job: Job) -> str:
 
 def _arrive(store: Any, job: Job, deadline: float) -> None:
     """At another node: say so, and wait for the rest."""
-    store.set(f"devices/{job.node_rank}", str(job.processes))
-    if store.add(str(job.node_rank), 1) > 1:
-        raise TorchweftError(
-            f"another node has come as --node-rank {job.node_rank} already; give each of the "
-            f"{job.num_nodes} nodes a number of its own, from 0"
-        )
+    # Of several commands with one number the last to come counts: those before it may have ended.
+    command = uuid.uuid4().hex
+    mine = str(job.node_rank)
     told = "node 0 went away while it waited for the others"
     with contextlib.suppress(RuntimeError):
+        if not store.check(["all"]):
+            store.set(mine, json.dumps({"command": command, "devices": job.processes}))
         while time.monotonic() < deadline + _LATER:
             if store.check(["all"]):
-                return
+                if command in json.loads(store.get("all")):
+                    return
+                told = _another(job)
+                break
             if store.check(["refused"]):
                 told = store.get("refused").decode()
                 break
+            if json.loads(store.get(mine))["command"] != command:
+                told = _another(job)
+                break
             time.sleep(_TICK)
     raise TorchweftError(told)
+
+
+def _another(job: Job) -> str:
+    return (
+        f"another node has come as --node-rank {job.node_rank}; give each of the {job.num_nodes} "
+        "nodes a number of its own, from 0"
+    )

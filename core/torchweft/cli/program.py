@@ -35,7 +35,7 @@ def _check_module(name: str) -> None:
 
     Nothing is imported for it. Of a package that makes its own ``__path__`` Python has the word.
     """
-    if not all(part.isidentifier() for part in name.split(".")):
+    if "/" in name or not all(name.split(".")):
         raise InvalidRequest(
             f"-m takes a module's name, such as package.train; '{name}' is none. For a file leave "
             "-m out"
@@ -97,7 +97,7 @@ def _check_python(path: Path) -> None:
     first = head.split(b"\n", 1)[0]
     if path.suffix == ".ipynb":
         what = "a notebook; save it as a script (jupyter nbconvert --to script), or launch in it"
-    elif first.startswith(b"#!") and b"python" not in first:
+    elif path.suffix != ".py" and first.startswith(b"#!") and b"python" not in first:
         what = f"a program for {first[2:].decode(errors='replace').strip()}; let it call this"
         what += " command with the Python file in it"
     elif b"\0" in head:

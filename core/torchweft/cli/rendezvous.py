@@ -11,7 +11,7 @@ from torchweft.errors import InvalidRequest, did_you_mean
 if TYPE_CHECKING:
     from torchweft.cli.run import Job
 
-__all__ = ["check_nodes", "pairs"]
+__all__ = ["check_nodes", "pairs", "split_endpoint"]
 
 #: What torch has; packages add theirs by entry points.
 _BACKENDS = ("c10d", "etcd", "etcd-v2", "static")
@@ -65,7 +65,7 @@ def check_nodes(job: Job) -> None:
             f"--rdzv-backend {backend} needs --rdzv-endpoint HOST:PORT, where the nodes meet"
         )
     if backend == "c10d":
-        _check_endpoint(job.rdzv_endpoint or "")
+        split_endpoint(job.rdzv_endpoint or "")
     if backend == "static" and job.rdzv_endpoint:
         raise InvalidRequest(
             f"--rdzv-endpoint {job.rdzv_endpoint} is for --rdzv-backend c10d; the static "
@@ -96,13 +96,15 @@ def _check_backend(name: str) -> None:
         )
 
 
-def _check_endpoint(text: str) -> None:
-    found = re.fullmatch(r"(\[[^\[\]]+\]|[^:\[\]]+)(:(?P<port>[0-9]{1,5}))?", text)
+def split_endpoint(text: str) -> tuple[str, int | None]:
+    """Host, without brackets, and port of ``HOST[:PORT]``. Raises ``InvalidRequest``."""
+    found = re.fullmatch(r"(\[(?P<ipv6>[^\[\]]+)\]|(?P<host>[^:\[\]]+))(:(?P<port>\d{1,5}))?", text)
     if not found or not 0 < int(found["port"] or 1) < 65536:
         raise InvalidRequest(
             f"--rdzv-endpoint takes HOST:PORT, with a port from 1 to 65535, and [HOST]:PORT for an "
             f"address of IPv6; it was given '{text}'"
         )
+    return found["ipv6"] or found["host"], int(found["port"]) if found["port"] else None
 
 
 def _check_settings(backend: str, job: Job) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torchweft.process.begin import (
     ERROR_FILE,
+    FIRST_FOLDER,
     as_main_process,
     become_rank,
     claim,
@@ -65,6 +66,7 @@ __all__ = [
     "ENDING",
     "ERROR_FILE",
     "FAILURE",
+    "FIRST_FOLDER",
     "GRACE",
     "HEADING",
     "LONG_GRACE",

@@ -24,6 +24,7 @@ from torchweft.rank import RankInfo
 
 __all__ = [
     "ERROR_FILE",
+    "FIRST_FOLDER",
     "as_main_process",
     "become_rank",
     "claim",
@@ -41,6 +42,17 @@ __all__ = [
 #: The variable by which torch's agent tells a worker where to write its error; used by all of
 #: torchweft's launchers.
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+
+
+def _folder() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:  # it was removed
+        return None
+
+
+#: The current folder when torchweft was imported, which is before most scripts go elsewhere.
+FIRST_FOLDER = _folder()
 
 
 def become_rank(
@@ -131,6 +143,9 @@ def detach_from_parent() -> None:
     """
     multiprocessing.process._children = set()  # type: ignore[attr-defined]
     multiprocessing.util._finalizer_registry.clear()  # type: ignore[attr-defined]
+    server: Any = getattr(sys.modules.get("multiprocessing.forkserver"), "_forkserver", None)
+    if server is not None:  # the parent's child: here nobody can wait for it
+        server._forkserver_pid = server._forkserver_address = None
     signal.set_wakeup_fd(-1)  # an event loop's, which would take our signals for its own
 
 

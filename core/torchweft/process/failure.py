@@ -123,8 +123,8 @@ def record_failure(error: BaseException) -> None:
 
 def lost_peer(error: BaseException) -> bool:
     """Whether an error says no more than that another rank is gone."""
-    message = message_of(error)
-    return any(words in message for words in _LOST_PEER)
+    # A refused connection of the script's own is an OSError; torch's are RuntimeErrors.
+    return isinstance(error, RuntimeError) and any(w in message_of(error) for w in _LOST_PEER)
 
 
 def format_error(error: BaseException) -> str:

@@ -30,8 +30,7 @@ class _Hook:
     def __call__(
         self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
     ) -> None:
-        # A refused connection of the script's own is an OSError; torch's are RuntimeErrors.
-        lost = isinstance(error, RuntimeError) and lost_peer(error)
+        lost = lost_peer(error)
         if lost:
             time.sleep(_PATIENCE)
         if lost and os.environ.get("TORCHWEFT_TRACE") != "1":

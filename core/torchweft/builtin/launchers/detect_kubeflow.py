@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import NoReturn
 
 from torchweft.builtin.launchers.starter import another_run
 from torchweft.errors import InvalidRequest
@@ -30,20 +29,22 @@ _PER_POD = "PET_NPROC_PER_NODE"
 def kubeflow(environ: Mapping[str, str]) -> Detection | None:
     """The one process of a pod of a PyTorchJob, or of a TrainJob.
 
-    A job of a single pod is none of several, and what serves any computer serves it too. Raises
-    ``InvalidRequest`` where the job means more than one process in a pod, and for an elastic one.
+    A job of a single pod is none of several, and what serves any computer serves it too. One that
+    means more than one process in a pod, or that is elastic, cannot be made of these processes.
     """
     if _KUBERNETES not in environ or any(name in environ for name in _WITHIN_A_POD):
         return None
     if another_run(environ):
         return None
-    place = pod(environ)
-    if place is None or place.world_size == 1:
+    elastic = _elastic(environ)
+    place = None if elastic else pod(environ)
+    if not elastic and (place is None or place.world_size == 1):
         return None
     return Detection(
         reason="Kubeflow started this process",
-        world_size=place.world_size,
+        world_size=place.world_size if place is not None else None,
         processes_per_node=1,
+        objection=_several_per_pod(environ, place.world_size) if place is not None else elastic,
         processes_hint=_PROCESSES_HINT,
         nodes_hint=_NODES_HINT,
     )
@@ -54,35 +55,38 @@ def pod(environ: Mapping[str, str]) -> RankInfo | None:
 
     ``RANK`` is that of a pod, also in ``WORLD_SIZE`` processes that torchrun would make of them.
     """
-    if "PET_RDZV_ENDPOINT" in environ and environ.get("PET_NNODES") != "1":
-        _refuse_elastic(environ)
-    if all(name in environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
-        rank, size = "RANK", "PET_NNODES" if "PET_NNODES" in environ else "WORLD_SIZE"
-    elif all(name in environ for name in ("PET_NODE_RANK", "PET_NNODES", "PET_MASTER_ADDR")):
-        rank, size = "PET_NODE_RANK", "PET_NNODES"
-    else:
+    names = _names(environ)
+    if names is None:
         return None
-    if ":" in environ[size]:
-        _refuse_elastic(environ)
+    rank, size = names
     number, pods = _number(environ, rank), _number(environ, size)
     if number >= pods:
         raise InvalidRequest(
             f"Kubeflow started this process, but the environment variable {rank} is {number}, and "
             f"{size} is {pods}; pods count from 0, so that {rank} is less than {size}"
         )
-    if pods > 1:
-        _check_one_per_pod(environ, rank, pods)
     return RankInfo(rank=number, world_size=pods, node_rank=number)
 
 
-def _check_one_per_pod(environ: Mapping[str, str], rank: str, pods: int) -> None:
+def _names(environ: Mapping[str, str]) -> tuple[str, str] | None:
+    """The variables with the number of this pod, and of all; None where there is no such job."""
+    if all(name in environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
+        return "RANK", "PET_NNODES" if "PET_NNODES" in environ else "WORLD_SIZE"
+    if all(name in environ for name in ("PET_NODE_RANK", "PET_NNODES", "PET_MASTER_ADDR")):
+        return "PET_NODE_RANK", "PET_NNODES"
+    return None
+
+
+def _several_per_pod(environ: Mapping[str, str], pods: int) -> str:
+    """Why the job is none of one process in each pod; empty: it is."""
     # "auto" leaves it to whoever starts processes, which is nobody here.
     wanted = environ.get(_PER_POD, "auto")
     if wanted in ("auto", "1"):
-        return
+        return ""
+    rank, _ = _names(environ) or ("RANK", "")
     prefix = "" if rank == "RANK" else "PET_"
     devices = wanted if wanted.isdigit() else "all"
-    raise InvalidRequest(
+    return (
         f"the job wants {wanted} processes in each of its {pods} pods ({_PER_POD}), and python "
         f"started one; make the pods' command 'torchrun train.py', or 'torchweft run --devices "
         f"{devices} --num-nodes {pods} --node-rank ${rank} --main-address ${prefix}MASTER_ADDR "
@@ -90,8 +94,13 @@ def _check_one_per_pod(environ: Mapping[str, str], rank: str, pods: int) -> None
     )
 
 
-def _refuse_elastic(environ: Mapping[str, str]) -> NoReturn:
-    raise InvalidRequest(
+def _elastic(environ: Mapping[str, str]) -> str:
+    """Why pods cannot tell their ranks; empty: they can."""
+    names = _names(environ)
+    rendezvous = "PET_RDZV_ENDPOINT" in environ and environ.get("PET_NNODES") != "1"
+    if not rendezvous and (names is None or ":" not in environ[names[1]]):
+        return ""
+    return (
         f"the job is elastic (PET_NNODES={environ.get('PET_NNODES', '')}), so that the pods learn "
         "their ranks from torch's agent alone; make their command 'torchrun train.py', which "
         "reads the same variables"

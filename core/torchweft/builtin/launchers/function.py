@@ -250,6 +250,6 @@ def _run_rank(
         status = process.exit_status(error)
         if not isinstance(error, SystemExit | KeyboardInterrupt):
             process.record_failure(error)
-        else:
+        elif status != 0:
             sys.last_value = error
     process.end(status)

@@ -194,4 +194,18 @@ def _start(environ: Mapping[str, str], rank: int) -> _Command:
         # What does the binding may not run between a fork and an exec where threads are.
         command = [sys.executable, "-ISc", _BOUND_TO_PARENT, str(os.getpid()), *command]
     stdin = None if rank == 0 else subprocess.DEVNULL
-    return _Command(subprocess.Popen(command, env=dict(environ), stdin=stdin))
+    return _Command(
+        subprocess.Popen(command, env=dict(environ), stdin=stdin, cwd=_folder_of_command())
+    )
+
+
+def _folder_of_command() -> str | None:
+    """Where the command's words mean what they meant; the script may have gone elsewhere since."""
+    main = sys.modules["__main__"]
+    file = getattr(main, "__file__", None) or ""
+    if getattr(main, "__spec__", None) is None:  # a script by its path
+        for word in sys.orig_argv[1:]:
+            tail = os.sep + word.removeprefix(f".{os.sep}")
+            if file.endswith(tail):
+                return file.removesuffix(tail) or os.sep
+    return process.FIRST_FOLDER
