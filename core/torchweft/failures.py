@@ -40,6 +40,7 @@ class Failure:
         node: name of its computer; empty where it never came to be a rank.
         pid: its process id there; 0 where it is not known.
         doing: where it was when it was told to end.
+        world_size: ranks in all, as it was told; 0 where it told nothing.
     """
 
     rank: int
@@ -51,6 +52,7 @@ class Failure:
     node: str = ""
     pid: int = 0
     doing: str = ""
+    world_size: int = 0
 
     def cause(self) -> str:
         """``"ValueError: …"``, ``"killed by signal 9 (SIGKILL)"`` or ``"exit status 3"``."""
@@ -98,6 +100,7 @@ def read_failure(rank: int, exitcode: int, error_file: Path) -> Failure:
         node=stacks.host if stacks else "",
         pid=stacks.pid if stacks else 0,
         doing=stacks.doing() if stacks and not crashed else "",
+        world_size=stacks.world_size if stacks else int(extra.get("world_size", 0)),
     )
 
 

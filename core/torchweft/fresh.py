@@ -22,7 +22,7 @@ def main() -> None:
     process.die_with_parent(handoff.parent)
     folder, script, *arguments = sys.argv[1:]
     if sys.platform == "linux":
-        marks = process.Marks(folder, int(os.environ["TORCHELASTIC_RESTART_COUNT"]))
+        marks = process.Marks(folder)
         # torch's agent sends signals to the whole session, guard and rank.
         code = process.fork_guarded(pass_on=False, marks=marks)
         if code is not None:

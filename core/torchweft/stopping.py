@@ -50,6 +50,8 @@ class Stopping:
         if not self._stops:
             if self._answer is not None:
                 self._stops = self._answer()
-            if not self._stops:
+            if self._stops:
+                process.record_stopping()
+            else:
                 self._answer = self._collectives.begin_any(self._told)
         return self._stops

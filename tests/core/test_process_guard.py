@@ -19,7 +19,7 @@ GUARD = """
 import os, signal, sys, threading, time
 from torchweft import process
 supervisor = int(sys.argv[1]) if sys.argv[1] else None
-marks = process.Marks(sys.argv[2], 0) if sys.argv[2] else None
+marks = process.Marks(sys.argv[2]) if sys.argv[2] else None
 code = process.fork_guarded(supervisor=supervisor, pass_on=sys.argv[3] == "on", marks=marks)
 if code is not None:
     os.write(1, f"guard saw {code}\\n".encode())
@@ -93,7 +93,7 @@ def until(process: subprocess.Popen[str], word: str) -> None:
 )
 def test_the_guard_ends_as_the_rank(end: str, code: int, guard, tmp_path: Path) -> None:
     assert ended(guard(end, marks=tmp_path)) == (code, f"guard saw {code}\n")
-    assert Marks(str(tmp_path), 0).read() == {7: code}
+    assert Marks(str(tmp_path)).read() == {7: code}
 
 
 def test_a_signal_is_passed_on(guard, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_a_signal_is_passed_on(guard, tmp_path: Path) -> None:
     process.terminate()
     assert ended(process) == (5, "term\n")
     # It was told to, so that this is nobody's failure.
-    assert Marks(str(tmp_path), 0).read() == {}
+    assert Marks(str(tmp_path)).read() == {}
 
 
 def test_a_signal_for_all_comes_once(guard) -> None:
@@ -178,7 +178,7 @@ def test_a_rank_that_minds_no_signal(failed: bool, guard, tmp_path: Path) -> Non
     process = guard(code, marks=tmp_path)
     until(process, "ready")
     if failed:
-        Marks(str(tmp_path), 0).tell(2, 1)
+        Marks(str(tmp_path)).tell(2, 1)
     process.terminate()
     if failed:
         assert ended(process) == (-9, "term\n")

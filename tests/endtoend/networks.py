@@ -19,14 +19,25 @@ class Host:
     Attributes:
         name: of the namespace.
         address: by which the others reach it.
+        inner: its end of the cable.
     """
 
     name: str
     address: str
+    inner: str
 
     def command(self, *command: str) -> list[str]:
         """The same, there."""
         return ["ip", "netns", "exec", self.name, *command]
+
+    @contextlib.contextmanager
+    def unplugged(self) -> Iterator[None]:
+        """Without its cable: nothing comes from it, not even that something was closed."""
+        _ip("-n", self.name, "link", "set", self.inner, "down")
+        try:
+            yield
+        finally:
+            _ip("-n", self.name, "link", "set", self.inner, "up")
 
 
 def why_no_hosts() -> str:
@@ -46,12 +57,15 @@ def hosts(count: int) -> Iterator[list[Host]]:
     """That many, joined by veth pairs on one bridge; gone at the end."""
     mark = f"{os.getpid() % 100000}"
     bridge = f"twb{mark}"
-    made = [Host(f"tw{mark}-{n}", f"10.77.{os.getpid() % 250}.{n + 1}") for n in range(count)]
+    made = [
+        Host(f"tw{mark}-{n}", f"10.77.{os.getpid() % 250}.{n + 1}", f"twv{mark}i{n}")
+        for n in range(count)
+    ]
     try:
         _ip("link", "add", bridge, "type", "bridge")
         _ip("link", "set", bridge, "up")
         for n, host in enumerate(made):
-            outer, inner = f"twv{mark}o{n}", f"twv{mark}i{n}"
+            outer, inner = f"twv{mark}o{n}", host.inner
             _ip("netns", "add", host.name)
             _ip("link", "add", outer, "type", "veth", "peer", "name", inner)
             _ip("link", "set", inner, "netns", host.name)

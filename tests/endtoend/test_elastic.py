@@ -12,44 +12,61 @@ from pathlib import Path
 
 import pytest
 
-from tests.endtoend.commands import Command
+from tests.endtoend.commands import SCRIPTS, Command
 from tests.endtoend.networks import Host, hosts, why_no_hosts
 from torchweft.process import read_stacks
 
+ROUNDS = SCRIPTS / "rounds.py"
 EXAMPLE = Path(__file__).parents[2] / "examples/elastic/train.py"
 Begin = Callable[..., Command]
 
+MISSED = (
+    "1 of 2 nodes has not been heard of for some time (--rdzv-conf keep_alive_interval, "
+    "keep_alive_max_attempt)"
+)
 #: How quickly a host that is gone is missed, and how long others may come.
 QUICK = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3"
 
 
 @pytest.fixture(scope="module")
-def pair() -> Iterator[list[Host]]:
+def three() -> Iterator[list[Host]]:
     reason = why_no_hosts()
     if reason:
         pytest.skip(reason)
-    with hosts(2) as made:
+    with hosts(3) as made:
         yield made
 
 
 @pytest.fixture
-def begin(
-    pair: list[Host], start: Callable[..., Command], tmp_path: Path
-) -> Callable[..., Command]:
-    """Start the example's command on a host."""
+def pair(three: list[Host]) -> list[Host]:
+    return three[:2]
 
-    def on(number: int, nodes: str, *more: str, steps: int = 200) -> Command:
+
+@pytest.fixture
+def begin(
+    three: list[Host], start: Callable[..., Command], tmp_path: Path
+) -> Callable[..., Command]:
+    """Start a command on a host: the example's, unless another script is named."""
+
+    def on(
+        number: int, nodes: str, *more: str, steps: int = 200, script: Path = EXAMPLE
+    ) -> Command:
         temporary = tmp_path / f"t{number}"
         temporary.mkdir(exist_ok=True)
+        options = ["--folder", tmp_path / "saved", "--steps", str(steps), "--pause", "0.03"]
         return start(
-            *pair[number].command(sys.executable, "-m", "torchweft", "run", "--devices", "1"),
+            *three[number].command(sys.executable, "-m", "torchweft", "run", "--devices", "1"),
             *("--num-nodes", nodes, "--rdzv-backend", "c10d", "--rdzv-conf", QUICK),
-            *("--rdzv-endpoint", f"{pair[0].address}:29500", *more, EXAMPLE),
-            *("--folder", tmp_path / "saved", "--steps", str(steps), "--pause", "0.03"),
+            *("--rdzv-endpoint", f"{three[0].address}:29500", *more, script),
+            *(options if script == EXAMPLE else [tmp_path / "stop"]),
             environ={"TMPDIR": str(temporary), "TORCH_CPP_LOG_LEVEL": "ERROR"},
         )
 
     return on
+
+
+#: Time for three of them, of which each looks once in a second.
+FOR_THREE = ["--rdzv-conf", QUICK.replace("last_call_timeout=1", "last_call_timeout=4")]
 
 
 def until(reached: Callable[[], bool], *commands: Command) -> None:
@@ -92,7 +109,8 @@ def test_a_killed_rank_and_then_a_killed_host(begin, tmp_path: Path) -> None:
     assert done.status == 0, done.err
     attempts = begins(done.out)
     assert [size for _, size, _ in attempts] == [2, 2, 1]
-    assert [restart for _, _, restart in attempts] == [0, 1, 2]
+    # The second host's failure is the second host's.
+    assert [restart for _, _, restart in attempts] == [0, 0, 1]
     steps = [step for step, _, _ in attempts]
     assert steps[0] == 0 < steps[1] < steps[2] < 200
     assert done.out.splitlines()[-1] == "ends at step 200 with 1 processes"
@@ -114,6 +132,75 @@ def test_a_host_that_comes_later_takes_part(begin, tmp_path: Path) -> None:
     ends = [text.splitlines()[-1] for text in (late.out, done.out)]
     assert re.fullmatch(r"ends at step \d+ with 2 processes", ends[0])
     assert ends[0] == ends[1] != "ends at step 1000 with 2 processes"
+
+
+def test_a_third_host_costs_no_restart(begin, tmp_path: Path) -> None:
+    """Whoever learns of it first, and however the ranks of the others end then."""
+    first = begin(0, "1:3", *FOR_THREE, script=ROUNDS)
+    until(lambda: rank_of(tmp_path / "t0", 0) is not None, first)
+    others = [begin(1, "1:3", *FOR_THREE, script=ROUNDS)]
+    until(lambda: rank_of(tmp_path / "t1", 0) is not None, first, *others)
+    time.sleep(1)  # in which both have looked at what they know of the rendezvous
+    others.append(begin(2, "1:3", *FOR_THREE, script=ROUNDS))
+    until(lambda: rank_of(tmp_path / "t2", 0) is not None, first, *others)
+    (tmp_path / "stop").touch()
+    done = [command.finish() for command in (first, *others)]
+    assert [(each.status, each.err) for each in done] == [(0, "")] * 3
+    began = [begins(each.out) for each in done]
+    assert began == [[(0, size, 0) for size in sizes] for sizes in ([1, 2, 3], [2, 3], [3])]
+    assert [each.out.splitlines()[-1] for each in done] == ["ends with 3 processes"] * 3
+
+
+def test_a_third_host_and_a_script_that_leaves_when_it_is_told(begin, tmp_path: Path) -> None:
+    first = begin(0, "1:3", *FOR_THREE, steps=1000)
+    until((tmp_path / "saved" / "newest.ckpt").exists, first)
+    second = begin(1, "1:3", *FOR_THREE, steps=1000)
+    until(lambda: rank_of(tmp_path / "t1", 0) is not None, first, second)
+    time.sleep(1)
+    third = begin(2, "1:3", *FOR_THREE, steps=1000)
+    until(lambda: rank_of(tmp_path / "t2", 0) is not None, first, second, third)
+    changed = (tmp_path / "saved" / "newest.ckpt").stat().st_mtime_ns
+    until(
+        lambda: (tmp_path / "saved" / "newest.ckpt").stat().st_mtime_ns != changed,
+        *(first, second, third),
+    )
+    third.popen.send_signal(signal.SIGTERM)
+    ends = [command.finish() for command in (third, first, second)]
+    assert [end.status for end in ends] == [143, 0, 0], [end.err for end in ends]
+    sizes = [[size for _, size, _ in begins(end.out)] for end in ends]
+    assert sizes == [[3], [1, 2, 3], [2, 3]]
+    assert {restart for end in ends for _, _, restart in begins(end.out)} == {0}
+    last = [end.out.splitlines()[-1] for end in ends]
+    assert len({*last}) == 1
+    assert re.fullmatch(r"ends at step \d+ with 3 processes", last[0])
+
+
+@pytest.mark.parametrize("restarts", ["1", "0"])
+def test_a_host_that_is_gone_without_a_word(restarts: str, begin, pair, tmp_path: Path) -> None:
+    """No connection is closed by it, so that ranks would wait for it for half an hour."""
+    first = begin(0, "1:2", "--max-restarts", restarts, script=ROUNDS)
+    until(lambda: rank_of(tmp_path / "t0", 0) is not None, first)
+    second = begin(1, "1:2", script=ROUNDS)
+    until(lambda: rank_of(tmp_path / "t1", 0) is not None, first, second)
+    with pair[1].unplugged():
+        if restarts == "0":
+            done = first.finish()
+            assert done.status == 1
+            assert done.err == (
+                f"error: {MISSED}; see whether its computer, the network or its command was ended, "
+                "or let the others begin anew with --max-restarts\n"
+            )
+        else:
+            until(lambda: rank_of(tmp_path / "t0", 1) is not None, first)
+            (tmp_path / "stop").touch()
+            done = first.finish()
+            assert done.status == 0, done.err
+            assert begins(done.out)[-1] == (0, 1, 1)
+            assert done.err == (
+                f"torchweft: {MISSED}\ntorchweft: beginning anew, attempt 2 of 2 (--max-restarts)\n"
+            )
+        second.popen.kill()
+        second.finish()
 
 
 def test_hosts_that_do_not_come(pair, begin, start, tmp_path: Path) -> None:

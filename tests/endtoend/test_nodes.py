@@ -158,6 +158,25 @@ def _store_of_nodes(port: int) -> PrefixStore:
     return PrefixStore("torchweft/nodes", store)
 
 
+def test_a_failure_says_how_many_ranks_there_were(run, tmp_path: Path) -> None:
+    """Not how many there might have been."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "from torchweft import Fabric\n"
+        "fabric = Fabric(accelerator='cpu', strategy='ddp')\n"
+        "fabric.launch()\n"
+        "assert fabric.global_rank == 0, 'enough'\n"
+        "fabric.barrier()\n"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
+    more = ["--rdzv-conf", "last_call_timeout=1", "--devices", "2", "--num-nodes", "1:4"]
+    done = run(*RUN, *where, *more, script)
+    assert done.status == 1
+    assert done.err.startswith("torchweft: rank 1 of 2 failed: AssertionError: enough\n"), done.err
+
+
 @pytest.mark.parametrize("given", ["a", "a=1,b", "=1"])
 def test_settings_of_the_backend(given: str, run) -> None:
     endpoint = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:1"]

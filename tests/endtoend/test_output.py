@@ -76,7 +76,14 @@ def test_an_error_is_in_the_file_of_its_rank_and_told_once(
     more = ["--log-dir", "logs", "--tee", "all", "--max-restarts", "1"]
     done = run(*COMMAND, *fresh, *more, script, "fail", cwd=tmp_path)
     assert done.status == 1
-    assert done.err.count("ValueError: enough\n") == 2, done.err  # the headline and the traceback
+    first, between, second = done.err.partition(
+        "torchweft: beginning anew, attempt 2 of 2 (--max-restarts)\n"
+    )
+    assert between, done.err
+    for attempt in (first, second):
+        assert attempt.startswith("torchweft: rank 1 of 2 failed: ValueError: enough\n")
+        assert attempt.endswith(f"\nValueError: enough\nits output: {tmp_path}/logs/rank-1.log\n")
+        assert attempt.count("ValueError: enough\n") == 2  # the headline and the traceback
     assert "enough" not in done.out
     shown = [line for line in done.out.splitlines() if line.startswith("[rank 1] ")]
     lines = [line.format(1) for line in LINES]

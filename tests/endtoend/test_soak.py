@@ -74,14 +74,23 @@ def test_restarts_after_a_killed_rank(kind: list[str], run) -> None:
     )
     assert result.status == 0, result.err
     assert sorted(result.lines) == [f"attempt {RESTARTS} rank {r} of 2" for r in (0, 1)]
-    assert result.err == ""
+    told = [line for line in result.err.splitlines() if line.startswith("torchweft: ")]
+    assert told == [
+        line
+        for attempt in range(2, RESTARTS + 2)
+        for line in (
+            "torchweft: rank 1 of 2 failed: killed by signal 9 (SIGKILL)",
+            f"torchweft: beginning anew, attempt {attempt} of {RESTARTS + 1} (--max-restarts)",
+        )
+    ]
 
 
 def test_restarts_that_run_out(run) -> None:
     command = [sys.executable, "-m", "torchweft", "run", "--devices", "2"]
     result = run(*command, "--max-restarts", "1", SCRIPTS / "restarts.py", "9")
     assert result.status == 137
-    assert result.err.count("torchweft: rank 1 of 2 failed: killed by signal 9 (SIGKILL)") == 1
+    # Of each attempt once.
+    assert result.err.count("torchweft: rank 1 of 2 failed: killed by signal 9 (SIGKILL)") == 2
 
 
 def ranks_of(command: Command) -> list[psutil.Process]:

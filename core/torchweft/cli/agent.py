@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import shutil
@@ -12,7 +11,7 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType
@@ -25,15 +24,16 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from torchweft import process
 from torchweft.builtin.launchers.agent_rank import Script, Stdin, work
+from torchweft.cli.attempts import Attempts
 from torchweft.cli.following import Follower
 from torchweft.cli.fork_server import end_fork_server
 from torchweft.cli.nodes import Meeting, meet
+from torchweft.cli.rounds import agent_of
 from torchweft.cli.run import AGENT
 from torchweft.cli.tidings import Tidings
 from torchweft.errors import InvalidRequest, RankFailed, TorchweftError
-from torchweft.failures import Failure, first_failure, read_failure, report
+from torchweft.failures import first_failure
 from torchweft.handoff import Handoff
-from torchweft.process import Marks
 
 if TYPE_CHECKING:
     from torchweft.cli.run import Job
@@ -73,23 +73,25 @@ def drive(job: Job) -> NoReturn:
 
 def _drive(job: Job, folder: Path) -> int:
     meeting = meet(job)
-    oom_kills = process.oom_kills()
-    notices = _Notices(job, folder)
+    attempts = Attempts(folder, job)
+    notices = _Notices(job, attempts)
     tidings = _tidings(job, meeting, notices)
     try:
         _meet_anew(job)
-        with _following(job, folder):
+        elastic = bool(job.rdzv_endpoint)
+        with (
+            _following(job, folder),
+            agent_of(attempts, elastic=elastic, leaving=lambda: notices.told),
+        ):
             _launch(job, _config(job, meeting, folder), folder, _network(meeting))
         _tell_if_nobody_joined(job, folder)
         if notices.told:
             return 128 + signal.SIGTERM
     except ChildFailedError as error:
-        failures = _failures(error, folder)
-        failure = _describe(failures, job, folder, process.oom_kills() - oom_kills)
+        failures = attempts.failures(error.failures)
+        failure = attempts.report(failures)
         _tell(failure, tidings, lost=first_failure(failures).lost_peer)
-        if job.log_dir is not None:
-            path = os.path.join(os.path.abspath(job.log_dir), f"rank-{failure.rank}.log")
-            process.write_error(f"its output: {path}\n")
+        process.write_error(attempts.output_of(failure))
         return failure.exit_status
     except SignalException as error:
         if tidings.news is not None:
@@ -177,11 +179,11 @@ class _Notices:
         told: whether the job was told to end and its ranks leave by themselves.
     """
 
-    def __init__(self, job: Job, folder: Path) -> None:
+    def __init__(self, job: Job, attempts: Attempts) -> None:
         self.told = False
         self._at_once = False
         self._processes = job.processes
-        self._folder = folder
+        self._attempts = attempts
         for number in (*process.NOTICE, signal.SIGTERM):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._end if number == signal.SIGTERM else self._send)
@@ -192,14 +194,14 @@ class _Notices:
         os.kill(os.getpid(), signal.SIGTERM)
 
     def _send(self, number: int, frame: FrameType | None) -> None:
-        for file in _beside(_attempt(self._folder), process.stacks_file):
+        for file in self._attempts.beside(process.stacks_file):
             stacks = process.read_stacks(file)
             if stacks is not None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(stacks.pid, number)
 
     def _end(self, number: int, frame: FrameType | None) -> None:
-        minding = _beside(_attempt(self._folder), process.minding_file)
+        minding = self._attempts.beside(process.minding_file)
         if self._at_once or self.told or len(minding) < self._processes:
             raise SignalException(f"process {os.getpid()} got {number}", signal.Signals(number))
         self.told = True
@@ -324,72 +326,6 @@ def _stdin() -> Stdin | None:
     except OSError:  # it was closed; the ranks have none either
         return None
     return Stdin(0)
-
-
-def _failures(error: ChildFailedError, folder: Path) -> list[Failure]:
-    """How the ranks of the last attempt failed."""
-    # Who ended by itself; the agent counts those that it ended as failures too.
-    codes = _codes(folder)
-    if not any(codes.values()):
-        codes |= {rank: failure.exitcode for rank, failure in error.failures.items()}
-    files = _files(folder)
-    return [
-        read_failure(rank, codes.get(rank, 1), files.get(rank, folder / "none"))
-        for rank in sorted({*codes, *(rank for rank, file in files.items() if file.exists())})
-        if codes.get(rank, 1) != 0
-    ]
-
-
-def _codes(folder: Path) -> dict[int, int]:
-    return Marks(str(folder), _last_attempt(folder)).read()
-
-
-def _files(folder: Path) -> dict[int, Path]:
-    """The error files, whether there or not, of the ranks of the last attempt."""
-    attempt = _attempt(folder)
-    files: dict[int, Path] = {}
-    for file in _beside(attempt, process.stacks_file):
-        stacks = process.read_stacks(file)
-        if stacks is not None:
-            files[stacks.rank] = file
-    for file in _beside(attempt, lambda file: file):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            files[json.loads(file.read_text())["message"]["extraInfo"]["rank"]] = file
-    return files
-
-
-def _describe(failures: list[Failure], job: Job, folder: Path, oom_kills: int) -> RankFailed:
-    """The first failure, with what is known of the other ranks of the last attempt."""
-    codes = {**_codes(folder), **{failure.rank: failure.exitcode for failure in failures}}
-    most = job.num_nodes[1] if isinstance(job.num_nodes, tuple) else job.num_nodes
-    done = {rank for rank, code in codes.items() if code == 0}
-    for file in _beside(_attempt(folder), process.done_file):
-        with contextlib.suppress(OSError, ValueError):
-            done.add(int(process.done_file(file).read_text()))
-    stacks_of = {rank: process.read_stacks(file) for rank, file in _files(folder).items()}
-    meanwhile = {
-        rank: stacks.doing()
-        for rank, stacks in stacks_of.items()
-        if stacks is not None and rank not in codes and rank not in done
-    }
-    return report(failures, most * job.processes, done, meanwhile, oom_kills=oom_kills)
-
-
-def _attempt(folder: Path) -> Path:
-    """A pattern for the folders of the last attempt's ranks."""
-    return folder / "*" / f"attempt_{_last_attempt(folder)}" / "*"
-
-
-def _beside(attempt: Path, named: Callable[[Path], Path]) -> list[Path]:
-    """The error files beside which there is a file of that name."""
-    pattern = named(attempt / "error.json")
-    found = Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor)))
-    return [file.with_name("error.json") for file in found]
-
-
-def _last_attempt(folder: Path) -> int:
-    numbers = [int(path.name.rpartition("_")[2]) for path in folder.glob("*/attempt_*")]
-    return max(numbers, default=0)
 
 
 def _quieten() -> None:

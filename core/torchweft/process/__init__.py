@@ -33,6 +33,8 @@ from torchweft.process.failure import (
     record_failure,
     record_joined,
     record_minding,
+    record_stopping,
+    stopping_file,
 )
 from torchweft.process.files import close_files, flush_files, flush_streams, write_error
 from torchweft.process.guard import end_like, fork_guarded
@@ -111,6 +113,7 @@ __all__ = [
     "record_failure",
     "record_joined",
     "record_minding",
+    "record_stopping",
     "redirect_output",
     "respected",
     "run_call",
@@ -120,6 +123,7 @@ __all__ = [
     "share_threads",
     "stacks_file",
     "stay_until_the_end",
+    "stopping_file",
     "tell_stacks",
     "unwarned",
     "usable_cores",

@@ -28,6 +28,8 @@ __all__ = [
     "record_failure",
     "record_joined",
     "record_minding",
+    "record_stopping",
+    "stopping_file",
 ]
 
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
@@ -60,9 +62,19 @@ def minding_file(error_file: Path) -> Path:
     return error_file.with_name(f"{error_file.name}.minding")
 
 
+def stopping_file(error_file: Path) -> Path:
+    """What appears beside a rank's error file once it learns that all ranks are to leave."""
+    return error_file.with_name(f"{error_file.name}.stopping")
+
+
 def record_minding() -> None:
     """Tell the supervisor that this process minds being told to end, and leaves by itself."""
     _touch(minding_file)
+
+
+def record_stopping() -> None:
+    """Tell the supervisor that this process leaves because a rank of the run was told to end."""
+    _touch(stopping_file)
 
 
 def record_joined() -> None:
@@ -104,6 +116,7 @@ def record_failure(error: BaseException) -> None:
                 "timestamp": str(now // 10**9),
                 "time_ns": now,
                 "rank": int(os.environ.get("RANK", "0")),
+                "world_size": int(os.environ.get("WORLD_SIZE", "1")),
                 "lost_peer": lost_peer(error),
             },
         }

@@ -8,6 +8,8 @@ from pathlib import Path
 
 __all__ = ["Marks"]
 
+_PREFIX = "ended-"
+
 
 class Marks:
     """One small file for each rank that ended by itself, in the run's own folder.
@@ -17,26 +19,29 @@ class Marks:
 
     Args:
         folder: of the run, on this node.
-        restart: how many times the run was restarted before.
     """
 
-    def __init__(self, folder: str, restart: int) -> None:
+    def __init__(self, folder: str) -> None:
         self._folder = Path(folder)
-        self._prefix = f"ended-{restart}-"
 
     def tell(self, rank: int, code: int) -> None:
         """That global rank ``rank`` ended with ``code`` (negative: by a signal)."""
         with contextlib.suppress(OSError):  # the folder goes with the command
             part = self._folder / f"part-{os.getpid()}"
             part.write_text(str(code))
-            part.replace(self._folder / f"{self._prefix}{rank}")
+            part.replace(self._folder / f"{_PREFIX}{rank}")
 
     def read(self) -> dict[int, int]:
         """Exit codes by global rank."""
         found = {}
-        for file in self._folder.glob(f"{self._prefix}*"):
-            found[int(file.name.removeprefix(self._prefix))] = int(file.read_text())
+        for file in self._folder.glob(f"{_PREFIX}*"):
+            found[int(file.name.removeprefix(_PREFIX))] = int(file.read_text())
         return found
+
+    def clear(self) -> None:
+        """Forget them, before other ranks begin."""
+        for file in self._folder.glob(f"{_PREFIX}*"):
+            file.unlink()
 
     def anybody_failed(self) -> bool:
         """Whether a rank ended badly that nobody had told to end."""

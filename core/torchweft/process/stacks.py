@@ -63,6 +63,7 @@ def tell_stacks() -> None:
         file = _opened(Path(path), os.O_TRUNC)
         head = {
             "rank": int(os.environ.get("RANK", "0")),
+            "world_size": int(os.environ.get("WORLD_SIZE", "1")),
             "host": socket.gethostname(),
             "pid": os.getpid(),
         }
@@ -117,12 +118,14 @@ class Stacks:
         host: name of its computer.
         pid: its process id there.
         text: of every thread, innermost call first; empty where it was not told to end.
+        world_size: ranks in all.
     """
 
     rank: int
     host: str
     pid: int
     text: str
+    world_size: int = 1
 
     def doing(self) -> str:
         """``"train.py:14 in step, in all_reduce"``; empty where nothing is known."""
@@ -142,6 +145,7 @@ def read_stacks(error_file: Path) -> Stacks | None:
         fields = json.loads(head)
         return Stacks(
             rank=int(fields["rank"]),
+            world_size=int(fields["world_size"]),
             host=str(fields["host"]),
             pid=int(fields["pid"]),
             text=text.partition("\nExtension modules:")[0].strip(),

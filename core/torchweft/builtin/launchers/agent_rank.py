@@ -65,7 +65,7 @@ def work(script: Script) -> None:
     process.die_with_parent(os.getppid())
     # The parent is the fork server, which lives for as long as any of its processes.
     command: Any = multiprocessing.parent_process()
-    marks = process.Marks(script.folder, int(os.environ["TORCHELASTIC_RESTART_COUNT"]))
+    marks = process.Marks(script.folder)
     code = process.fork_guarded(supervisor=command.sentinel, marks=marks)
     if code is None:
         process.forget_crash_handler()

@@ -29,9 +29,12 @@ class Torchrun(Launcher):
     def rendezvous(self, rank: RankInfo, environ: Mapping[str, str]) -> Rendezvous:
         """The agent's store, or one that rank 0 hosts where the agent shares none."""
         shared = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        # Each node counts its own restarts: in a store of this round alone they would tell ranks
+        # of one round apart.
+        attempt = f"/{rank.restart}" if shared else ""
         return Rendezvous(
             address=environ["MASTER_ADDR"],
             port=int(environ["MASTER_PORT"]),
             hosts=rank.rank == 0 and not shared,
-            prefix=f"torchweft/{rank.run_id}/{rank.restart}",
+            prefix=f"torchweft/{rank.run_id}{attempt}",
         )
