@@ -79,7 +79,7 @@ class Attempts:
         """
         failures = self.failures({}) if not why else []
         several = self._job.num_nodes != 1
-        if failures and not (several and first_failure(failures).consequence):
+        if failures and not (several and first_failure(failures).lost_peer):
             failure = self.report(failures)
             why = f"{failure}\n{self.output_of(failure)}".rstrip()
         if why:

@@ -104,8 +104,9 @@ class _Agent(LocalElasticAgent):
         self._missed_since = self._missed_since or now
         if now - self._missed_since < _MOMENT:
             return False
+        have = "has" if missing == 1 else "have"
         self._lost = (
-            f"{missing} of {nodes} nodes has not been heard of for some time (--rdzv-conf "
+            f"{missing} of {nodes} nodes {have} not been heard of for some time (--rdzv-conf "
             "keep_alive_interval, keep_alive_max_attempt)"
         )
         return True
