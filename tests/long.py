@@ -41,6 +41,7 @@ LONG = (
     "endtoend/test_dry_run.py::test_a_dry_run[fork]",
     "endtoend/test_dry_run.py::test_a_dry_run[fresh]",
     "endtoend/test_dry_run.py::test_a_dry_run[spawn]",
+    "endtoend/test_elastic.py::test_a_host_that_is_gone_without_a_word[0]",
     "endtoend/test_examples.py::test_a_language_model_learns_and_writes[torchweft run-bf16-mixed]",
     "endtoend/test_examples.py::test_a_model_that_is_split_learns_what_one_process_does[python-2",
     "endtoend/test_examples.py::test_a_model_that_is_split_learns_what_one_process_does[torchweft run-2",  # noqa: E501
@@ -64,6 +65,7 @@ LONG = (
     "endtoend/test_soak.py::test_launches_of_four_ranks[python]",
     "endtoend/test_soak.py::test_restarts_after_a_killed_rank[fresh]",
     "endtoend/test_subclass.py::test_run_of_a_subclass[spawn]",
+    "endtoend/test_thirdparty.py::test_it_passes_the_conformance_kit[localsgd]",
     "endtoend/test_thirdparty.py::test_the_strategy_of_the_docstring_passes_the_conformance_kit",
     "endtoend/test_watchdog.py::test_it_says_which_and_who_did_not_come[fresh]",
     "xla/test_graphs.py::test_a_transfer_in_every_step_is_told_with_its_line[scale = loss.cpu()]",

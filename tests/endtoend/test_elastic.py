@@ -111,6 +111,11 @@ def test_a_killed_rank_and_then_a_killed_host(begin, tmp_path: Path) -> None:
     assert [size for _, size, _ in attempts] == [2, 2, 1]
     # The second host's failure is the second host's.
     assert [restart for _, _, restart in attempts] == [0, 0, 1]
+    lost, again = done.err.split("\n")[0], done.err.split("\n")[-3:-1]
+    assert lost.startswith("torchweft: rank 0 of 2 lost another: RuntimeError: "), done.err
+    assert done.err.count("torchweft: ") == 2
+    assert again[-1] == "torchweft: beginning anew, attempt 2 of 4 (--max-restarts)"
+    assert "\nno other node told why; see whether one, or its command, was ended\n" in done.err
     steps = [step for step, _, _ in attempts]
     assert steps[0] == 0 < steps[1] < steps[2] < 200
     assert done.out.splitlines()[-1] == "ends at step 200 with 1 processes"

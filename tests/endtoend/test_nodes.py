@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 from torch.distributed import PrefixStore, TCPStore
 
@@ -175,6 +176,40 @@ def test_a_failure_says_how_many_ranks_there_were(run, tmp_path: Path) -> None:
     done = run(*RUN, *where, *more, script)
     assert done.status == 1
     assert done.err.startswith("torchweft: rank 1 of 2 failed: AssertionError: enough\n"), done.err
+
+
+def test_a_node_too_many(start, tmp_path: Path) -> None:
+    """It stands by, and has not failed where nobody needed it."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from torchweft import Fabric\n"
+        "fabric = Fabric(accelerator='cpu', strategy='ddp')\n"
+        "fabric.launch()\n"
+        "Path(sys.argv[1], f'rank-{fabric.global_rank}').touch()\n"
+        "while not Path(sys.argv[1], 'stop').exists():\n"
+        "    time.sleep(0.05)\n"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
+    nodes = [start(*RUN, *where, "--num-nodes", "2", script, tmp_path) for _ in range(2)]
+    until(lambda: (tmp_path / "rank-1").exists(), *nodes)
+    spare = start(*RUN, *where, "--num-nodes", "2", script, tmp_path)
+    until(lambda: _reaches(spare, port), spare, *nodes)
+    time.sleep(3)  # by which it is known to be one too many
+    (tmp_path / "stop").touch()
+    assert [node.finish().status for node in nodes] == [0, 0]
+    done = spare.finish()
+    assert (done.status, done.out) == (0, "")
+    assert done.err == "torchweft: the run ended without this node, which was one too many\n"
+
+
+def _reaches(command: Command, port: int) -> bool:
+    """Whether it has been to the rendezvous."""
+    there = psutil.Process(command.popen.pid).net_connections("tcp")
+    return any(c.raddr and c.raddr.port == port and c.status == "ESTABLISHED" for c in there)
 
 
 @pytest.mark.parametrize("given", ["a", "a=1,b", "=1"])

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.endtoend.test_elastic import until
+
 SCRIPT = """
 import os, sys, time
 from pathlib import Path
@@ -96,3 +98,27 @@ def test_without_it_the_signal_ends_the_run(tmp_path: Path, start) -> None:
     os.kill(command.popen.pid, signal.SIGTERM)
     assert command.finish().status == 143
     assert not (tmp_path / "saved.ckpt").exists()
+
+
+def test_who_was_told_to_end_does_not_begin_anew(start, tmp_path: Path) -> None:
+    """Whatever fails while it saves."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from torchweft import Fabric\n"
+        "fabric = Fabric(accelerator='cpu', strategy='ddp')\n"
+        "fabric.launch()\n"
+        "while not fabric.should_stop:\n"
+        "    Path(sys.argv[1], f'rank-{fabric.global_rank}').touch()\n"
+        "    time.sleep(0.05)\n"
+        "raise OSError('no space left')\n"
+    )
+    command = [sys.executable, "-m", "torchweft", "run", "--devices", "2", "--max-restarts", "2"]
+    job = start(*command, script, tmp_path)
+    until(lambda: all((tmp_path / f"rank-{rank}").exists() for rank in (0, 1)), job)
+    job.popen.terminate()
+    done = job.finish()
+    assert done.status == 1
+    assert done.err.count("torchweft: ") == 1, done.err
+    assert "of 2 failed: OSError: no space left" in done.err

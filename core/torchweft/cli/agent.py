@@ -24,7 +24,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from torchweft import process
 from torchweft.builtin.launchers.agent_rank import Script, Stdin, work
-from torchweft.cli.attempts import Attempts
+from torchweft.cli.attempts import NOBODY_TOLD, Attempts
 from torchweft.cli.following import Follower
 from torchweft.cli.fork_server import end_fork_server
 from torchweft.cli.nodes import Meeting, meet
@@ -75,22 +75,33 @@ def _drive(job: Job, folder: Path) -> int:
     meeting = meet(job)
     attempts = Attempts(folder, job)
     notices = _Notices(job, attempts)
+    elastic = bool(job.rdzv_endpoint)
     tidings = _tidings(job, meeting, notices)
     try:
         _meet_anew(job)
-        elastic = bool(job.rdzv_endpoint)
         with (
             _following(job, folder),
-            agent_of(attempts, elastic=elastic, leaving=lambda: notices.told),
+            agent_of(
+                attempts,
+                elastic=elastic,
+                leaving=lambda: notices.told,
+                heard=lambda: tidings.news is not None,
+            ),
         ):
             _launch(job, _config(job, meeting, folder), folder, _network(meeting))
+        tidings.well = True
+        if not attempts.any:
+            process.write_error(
+                "torchweft: the run ended without this node, which was one too many\n"
+            )
+            return 0
         _tell_if_nobody_joined(job, folder)
         if notices.told:
             return 128 + signal.SIGTERM
     except ChildFailedError as error:
         failures = attempts.failures(error.failures)
         failure = attempts.report(failures)
-        _tell(failure, tidings, lost=first_failure(failures).lost_peer)
+        _tell(failure, tidings, lost=first_failure(failures).lost_peer, waited=elastic)
         process.write_error(attempts.output_of(failure))
         return failure.exit_status
     except SignalException as error:
@@ -137,17 +148,18 @@ def _this_node(job: Job) -> str:
     return f"node {job.node_rank} of {job.num_nodes}"
 
 
-def _tell(failure: RankFailed, tidings: Tidings, *, lost: bool) -> None:
+def _tell(failure: RankFailed, tidings: Tidings, *, lost: bool, waited: bool) -> None:
     """Tell the failure here, and its headline to the other nodes; theirs is the cause, if any."""
     text = str(failure)
-    news = tidings.cause() if lost else None
+    # The agent of an elastic run has waited for another node already.
+    news = tidings.cause(waited=waited) if lost else None
     headline, blank, trace = text.partition("\n\n")
     if news is not None:
         text = f"{news}\nhere {text.splitlines()[0]}"
     else:
         tidings.fail(headline)
         if lost and tidings.shared:
-            headline += "\nno other node told why; see whether one, or its command, was ended"
+            headline += f"\n{NOBODY_TOLD}"
             text = f"{headline}{blank}{trace}"
     process.write_error(f"torchweft: {text}\n")
 

@@ -18,7 +18,10 @@ from torchweft.failures import Failure, first_failure, read_failure, report
 if TYPE_CHECKING:
     from torchweft.cli.run import Job
 
-__all__ = ["Attempts"]
+__all__ = ["NOBODY_TOLD", "Attempts"]
+
+#: Of ranks that lost those of another node.
+NOBODY_TOLD = "no other node told why; see whether one, or its command, was ended"
 
 
 class Attempts:
@@ -74,22 +77,32 @@ class Attempts:
     def tell(self, number: int, why: str) -> None:
         """Why it ended, before attempt ``number`` begins.
 
-        ``why``: as the agent knows; empty where the ranks do. Nothing is told where they only lost
-        those of another node, which tells it. Behind it nothing is known of them any more.
+        ``why``: as the agent knows; empty where the ranks do.
         """
         failures = self.failures({}) if not why else []
-        several = self._job.num_nodes != 1
-        if failures and not (several and first_failure(failures).lost_peer):
+        if failures:
             failure = self.report(failures)
             why = f"{failure}\n{self.output_of(failure)}".rstrip()
-        if why:
-            attempts = self._job.max_restarts + 1
-            process.write_error(
-                f"torchweft: {why}\n"
-                f"torchweft: beginning anew, attempt {number} of {attempts} (--max-restarts)\n"
-            )
+            if self._job.num_nodes != 1 and first_failure(failures).lost_peer:
+                why += f"\n{NOBODY_TOLD}"
+        attempts = self._job.max_restarts + 1
+        process.write_error(
+            f"torchweft: {why or 'the ranks ended'}\n"
+            f"torchweft: beginning anew, attempt {number} of {attempts} (--max-restarts)\n"
+        )
+
+    def forget(self) -> None:
+        """From here on nothing is known of its ranks, which are gone."""
         self._marks.clear()
+        for named in (process.minding_file, process.stacks_file):
+            for file in self.beside(named):
+                named(file).unlink(missing_ok=True)
         self._oom_kills = process.oom_kills()
+
+    @property
+    def any(self) -> bool:
+        """Whether one has begun."""
+        return any(self._folder.glob("*/attempt_*"))
 
     def output_of(self, failure: RankFailed) -> str:
         """A line that says where the output of a rank is; empty where it was on the terminal."""

@@ -383,9 +383,11 @@ def _arrive(store: Any, job: Job, deadline: float) -> None:
             if store.check(["refused"]):
                 told = store.get("refused").decode()
                 break
-            if json.loads(store.get(mine))["command"] != command:
-                told = _another(job)
+            if told == _another(job):
                 break
+            if json.loads(store.get(mine))["command"] != command:
+                told = _another(job)  # unless node 0 has read the number already, and begins
+                time.sleep(4 * _TICK)
             time.sleep(_TICK)
     raise TorchweftError(told)
 

@@ -9,7 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
+from torch.distributed.elastic.agent.server.api import (
+    DEFAULT_ROLE,
+    RunResult,
+    WorkerGroup,
+    WorkerState,
+)
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher import api
@@ -21,8 +26,9 @@ from torchweft.failures import first_failure
 
 __all__ = ["agent_of"]
 
-#: Seconds until this node knows who waits at the rendezvous: torch asks for it once in a second.
-_LATEST = 1.2
+#: Seconds until another node, whose ranks ended first, waits at the rendezvous, and this one knows:
+#: torch asks once in a second.
+_LATEST = 3.0
 _TICK = 0.05
 #: Seconds in which ranks that lose those of a missing node fail by themselves.
 _MOMENT = 5.0
@@ -42,6 +48,7 @@ class _Agent(LocalElasticAgent):
         attempts: what the ranks leave.
         elastic: whether nodes may come and go.
         leaving: whether this node was told to end.
+        heard: whether another node has told why the run ends.
     """
 
     def __init__(
@@ -50,26 +57,38 @@ class _Agent(LocalElasticAgent):
         attempts: Attempts,
         elastic: bool,
         leaving: Callable[[], bool],
+        heard: Callable[[], bool],
         **named: Any,
     ) -> None:
         super().__init__(*given, **named)
         self._attempts = attempts
         self._elastic = elastic
         self._leaving = leaving
-        self._begun = False
+        self._heard = heard
+        #: Attempts that have begun, as the restarts that they cost count them.
+        self._begun = 0
+        self._ended: RunResult | None = None
         self._missed_since: float | None = None
         self._lost = ""
 
+    def run(self, role: str = DEFAULT_ROLE) -> RunResult:
+        # torch returns nothing where the run went on without this node until it was over.
+        result: RunResult | None = super().run(role)
+        return result or RunResult(state=WorkerState.SUCCEEDED)
+
     def _initialize_workers(self, worker_group: WorkerGroup) -> None:
+        attempt = worker_group.spec.max_restarts - self._remaining_restarts + 1
         if self._begun:
-            restarts = worker_group.spec.max_restarts - self._remaining_restarts
-            self._attempts.tell(restarts + 1, self._lost)
-        self._begun = True
-        self._missed_since, self._lost = None, ""
+            if attempt > self._begun:
+                self._attempts.tell(attempt, self._lost)
+            self._attempts.forget()
+        self._begun = attempt
+        self._missed_since, self._lost, self._ended = None, "", None
         super()._initialize_workers(worker_group)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        result: RunResult = super()._monitor_workers(worker_group)
+        # Of ranks that have ended torch can be asked once.
+        result: RunResult = self._ended or super()._monitor_workers(worker_group)
         if self._elastic and result.state == WorkerState.HEALTHY and self._misses(worker_group):
             if self._remaining_restarts == 0:
                 self._shutdown(signal.SIGKILL)
@@ -80,7 +99,10 @@ class _Agent(LocalElasticAgent):
             return RunResult(state=WorkerState.FAILED)
         if self._elastic and self._for_another(result) and self._somebody_waits(worker_group):
             # Upon which ranks begin anew together with whoever waits.
+            self._ended = result
             return RunResult(state=WorkerState.HEALTHY)
+        if self._leaving() and result.state == WorkerState.FAILED:
+            self._remaining_restarts = 0  # who was told to end does not begin anew
         return result
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
@@ -92,7 +114,8 @@ class _Agent(LocalElasticAgent):
     def _misses(self, worker_group: WorkerGroup) -> bool:
         """Whether nodes of this round have gone, and the ranks here do not notice."""
         # Of torch's own rendezvous, which looks for the others once in a second.
-        holder = getattr(worker_group.spec.rdzv_handler, "_state_holder", None)
+        handler: Any = worker_group.spec.rdzv_handler
+        holder = getattr(handler, "_state_holder", None)
         if holder is None or holder.state.closed:
             return False
         nodes = worker_group.group_world_size or 0
@@ -102,14 +125,21 @@ class _Agent(LocalElasticAgent):
             return False
         now = time.monotonic()
         self._missed_since = self._missed_since or now
-        if now - self._missed_since < _MOMENT:
+        if now - self._missed_since < _MOMENT or self._leave():
             return False
         have = "has" if missing == 1 else "have"
+        who = f"{missing} of {nodes} nodes {have} not been heard of"
+        if handler._this_node not in holder.state.participants:
+            who = "this node, or its network, was not there: the others have not heard of it"
         self._lost = (
-            f"{missing} of {nodes} nodes {have} not been heard of for some time (--rdzv-conf "
-            "keep_alive_interval, keep_alive_max_attempt)"
+            f"{who} for some time (--rdzv-conf keep_alive_interval, keep_alive_max_attempt)"
         )
         return True
+
+    def _leave(self) -> bool:
+        """Whether ranks here end by themselves, and need the others no more."""
+        files = (process.stopping_file, process.done_file)
+        return self._leaving() or any(self._attempts.beside(file) for file in files)
 
     def _for_another(self, result: RunResult) -> bool:
         """Whether the ranks ended because those of another node did."""
@@ -124,20 +154,25 @@ class _Agent(LocalElasticAgent):
 
     def _somebody_waits(self, worker_group: WorkerGroup) -> bool:
         deadline = time.monotonic() + _LATEST
+        handler = worker_group.spec.rdzv_handler
         with contextlib.suppress(RendezvousError):  # it went: so nobody does
-            while time.monotonic() < deadline:
-                if worker_group.spec.rdzv_handler.num_nodes_waiting() > 0:
+            while time.monotonic() < deadline and not self._heard():
+                if handler.num_nodes_waiting() > 0:
                     return True
+                if handler.is_closed():
+                    break
                 time.sleep(_TICK)
         return False
 
 
 @contextlib.contextmanager
-def agent_of(attempts: Attempts, *, elastic: bool, leaving: Callable[[], bool]) -> Iterator[None]:
+def agent_of(
+    attempts: Attempts, *, elastic: bool, leaving: Callable[[], bool], heard: Callable[[], bool]
+) -> Iterator[None]:
     """Have torch's launcher make such an agent, for which it has no parameter."""
     launcher: Any = api
     launcher.LocalElasticAgent = functools.partial(
-        _Agent, attempts=attempts, elastic=elastic, leaving=leaving
+        _Agent, attempts=attempts, elastic=elastic, leaving=leaving, heard=heard
     )
     try:
         yield

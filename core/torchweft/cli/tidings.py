@@ -28,8 +28,10 @@ _MOMENT = 2.0
 #: Seconds for which a node whose ranks only lost others waits for word of the cause. Together with
 #: those in which its ranks end it stays below the five in which a run is over.
 _PATIENCE = 3.0
-#: Seconds in which all nodes have looked, and the one that serves the store can go.
-_HEARD = 1.5
+#: Seconds in which all nodes have looked for a failure, and the one that serves the store can go.
+_HEARD = 1.0
+#: Seconds in which all nodes, and those that stand by, know that the run is over.
+_OVER = 2.5
 _FIRST = "failure/1"
 
 
@@ -64,6 +66,7 @@ class Tidings:
 
     Attributes:
         news: why the run has to end here too.
+        well: whether it ended well here.
     """
 
     def __init__(
@@ -76,13 +79,14 @@ class Tidings:
         nodes: int = 0,
     ) -> None:
         self.news: News | None = None
+        self.well = False
+        self._told = False
         self._join = join
         self._node = node
         self._stop = stop
         self._serves = serves
         self._nodes = nodes
         self._store: Any = None
-        self._told = False
         self._over = threading.Event()
         self._lock = threading.Lock()
         self._heard = time.monotonic()
@@ -106,10 +110,14 @@ class Tidings:
                 self._told = True
                 store.set(f"failure/{store.add('failures', 1)}", json.dumps(asdict(news)))
 
-    def cause(self) -> News | None:
-        """What another node told, if it has or does so within moments."""
+    def cause(self, *, waited: bool = False) -> News | None:
+        """What another node told, if it has or does so within moments.
+
+        ``waited``: whether this node has waited for such already.
+        """
         self._over.set()
-        deadline = time.monotonic() + (_PATIENCE if self._store is not None else 0)
+        patience = _TICK if waited else _PATIENCE
+        deadline = time.monotonic() + (patience if self._store is not None else 0)
         while self.news is None and time.monotonic() < deadline:
             with self._open() as store:
                 self.news = self._read(store)
@@ -117,15 +125,15 @@ class Tidings:
         return self.news
 
     def close(self) -> None:
-        """This node leaves; the one that serves the store, once the others know."""
+        """This node leaves; the one that serves the store, once the others know that it is over."""
         self._over.set()
         with self._open() as store:
             if store is None:
                 return
             store.set(f"left/{self._node}", "")
-            if self._serves and (self._nodes or self._told):
+            if self._serves and (self._nodes or self._told or self.well):
                 others = {f"left/{node}" for node in self._others(store)}
-                store.wait(sorted(others), timedelta(seconds=_HEARD))
+                store.wait(sorted(others), timedelta(seconds=_OVER if self.well else _HEARD))
 
     def _others(self, store: Any) -> list[str]:
         if self._nodes:
