@@ -90,7 +90,7 @@ def _drive(job: Job, folder: Path) -> int:
         ):
             _launch(job, _config(job, meeting, folder), folder, _network(meeting))
         tidings.well = True
-        if not attempts.any:
+        if not attempts.begun:
             process.write_error(
                 "torchweft: the run ended without this node, which was one too many\n"
             )

@@ -82,9 +82,13 @@ class Attempts:
         failures = self.failures({}) if not why else []
         if failures:
             failure = self.report(failures)
-            why = f"{failure}\n{self.output_of(failure)}".rstrip()
+            text = str(failure)
             if self._job.num_nodes != 1 and first_failure(failures).lost_peer:
-                why += f"\n{NOBODY_TOLD}"
+                # The node that knows the cause tells it in full. Where nodes come and go, this
+                # one has waited for it in vain.
+                text = text.partition("\n\n")[0]
+                text += f"\n{NOBODY_TOLD}" if self._job.rdzv_endpoint else ""
+            why = f"{text}\n{self.output_of(failure)}".rstrip()
         attempts = self._job.max_restarts + 1
         process.write_error(
             f"torchweft: {why or 'the ranks ended'}\n"
@@ -100,7 +104,7 @@ class Attempts:
         self._oom_kills = process.oom_kills()
 
     @property
-    def any(self) -> bool:
+    def begun(self) -> bool:
         """Whether one has begun."""
         return any(self._folder.glob("*/attempt_*"))
 
