@@ -206,6 +206,41 @@ def test_a_node_too_many(start, tmp_path: Path) -> None:
     assert done.err == "torchweft: the run ended without this node, which was one too many\n"
 
 
+def test_a_node_that_is_told_to_end_between_two_attempts(start, tmp_path: Path) -> None:
+    """Its ranks, which would have left by themselves, are gone: it waits for none of them."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import time\n"
+        "from torchweft import Fabric\n"
+        "fabric = Fabric(accelerator='cpu', strategy='ddp')\n"
+        "fabric.launch()\n"
+        "while not fabric.should_stop:\n"
+        "    time.sleep(0.05)\n"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
+    nodes = []
+    for number in (0, 1):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        more = ["--num-nodes", "2", "--max-restarts", "1", script]
+        nodes.append(start(*RUN, *where, *more, environ={"TMPDIR": str(folder)}))
+        if number == 0:
+            _store_of_nodes(port)  # which this one serves then
+
+    def minding(number: int) -> bool:
+        return any((tmp_path / str(number)).glob("torchweft-*/*/attempt_*/0/*.minding"))
+
+    until(lambda: minding(0) and minding(1), *nodes)
+    nodes[1].popen.kill()
+    until(lambda: not minding(0), nodes[0])
+    nodes[0].popen.terminate()
+    done = nodes[0].finish(20)
+    assert done.status == 143
+    assert "beginning anew, attempt 2 of 2" in done.err
+
+
 def _reaches(command: Command, port: int) -> bool:
     """Whether it has been to the rendezvous."""
     there = psutil.Process(command.popen.pid).net_connections("tcp")
