@@ -14,12 +14,15 @@ from tests.core.test_mpi import MPICH, OPEN_MPI_4, dealt
 from tests.pages import matches
 
 from torchweft.builtin.hooks import torchweft_launchers
-from torchweft.builtin.launchers.detect_kubeflow import kubeflow
 from torchweft.builtin.launchers.detect_mpi import mpi
 from torchweft.builtin.launchers.meeting_point import PORTS, MeetingPoint
 from torchweft.builtin.launchers.mpi import MPI
+from torchweft.catalog import Catalog
 from torchweft.errors import TorchweftError
+from torchweft.manager import Manager
 from torchweft.rank import RankInfo
+from torchweft.request import RunRequest
+from torchweft.resolve import resolve
 
 PAGE = (Path(__file__).parents[2] / "docs" / "clusters.md").read_text(encoding="utf-8")
 ERRORS = [
@@ -37,6 +40,11 @@ SECOND = {**ONE_NODE, "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK":
 
 def meet(environ: dict[str, str]) -> None:
     MPI().rendezvous(MPI().rank(environ), environ)
+
+
+def decide(environ: dict[str, str]) -> None:
+    catalog = Catalog(Manager.from_entry_points({}).declared)
+    resolve(RunRequest.parse(accelerator="cpu"), catalog, environ=environ)
 
 
 def meet_where_it_is_taken(port: int) -> None:
@@ -71,10 +79,10 @@ CALLS: dict[str, Callable[[int], object]] = {
     "mpirun started": lambda port: mpi(
         {**OPEN_MPI_4, "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
     ),
-    "the job wants": lambda port: kubeflow(
+    "Kubeflow started this process, but the job wants": lambda port: decide(
         {**PYTORCH_JOB, "RANK": "0", "PET_NNODES": "2", "PET_NPROC_PER_NODE": "4"}
     ),
-    "the job is": lambda port: kubeflow(ELASTIC),
+    "Kubeflow started this process, but the job is": lambda port: decide(ELASTIC),
 }
 
 
