@@ -42,6 +42,11 @@ def test_any_text_is_taken_apart_or_refused(text: str) -> None:
     assert refused or (host and (port is None or 0 < port < 65536))
 
 
+def test_a_port_is_written_in_ascii() -> None:
+    with pytest.raises(InvalidRequest):
+        split_endpoint("node0:\u0663\u0663")
+
+
 def test_what_is_said_of_no_endpoint() -> None:
     with pytest.raises(InvalidRequest) as caught:
         split_endpoint("node0:70000")

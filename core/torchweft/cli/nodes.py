@@ -370,6 +370,7 @@ def _arrive(store: Any, job: Job, deadline: float) -> None:
     # Of several commands with one number the last to come counts: those before it may have ended.
     command = uuid.uuid4().hex
     mine = str(job.node_rank)
+    replaced = False
     told = "node 0 went away while it waited for the others"
     with contextlib.suppress(RuntimeError):
         if not store.check(["all"]):
@@ -383,12 +384,12 @@ def _arrive(store: Any, job: Job, deadline: float) -> None:
             if store.check(["refused"]):
                 told = store.get("refused").decode()
                 break
-            if told == _another(job):
+            if replaced:
+                told = _another(job)
                 break
-            if json.loads(store.get(mine))["command"] != command:
-                told = _another(job)  # unless node 0 has read the number already, and begins
-                time.sleep(4 * _TICK)
-            time.sleep(_TICK)
+            replaced = json.loads(store.get(mine))["command"] != command
+            # Node 0 may have read the number before, and is about to begin with this command.
+            time.sleep(5 * _TICK if replaced else _TICK)
     raise TorchweftError(told)
 
 

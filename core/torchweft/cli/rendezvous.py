@@ -98,7 +98,8 @@ def _check_backend(name: str) -> None:
 
 def split_endpoint(text: str) -> tuple[str, int | None]:
     """Host, without brackets, and port of ``HOST[:PORT]``. Raises ``InvalidRequest``."""
-    found = re.fullmatch(r"(\[(?P<ipv6>[^\[\]]+)\]|(?P<host>[^:\[\]]+))(:(?P<port>\d{1,5}))?", text)
+    host = r"(\[(?P<ipv6>[^\[\]]+)\]|(?P<host>[^:\[\]]+))"
+    found = re.fullmatch(host + r"(:(?P<port>[0-9]{1,5}))?", text)
     if not found or not 0 < int(found["port"] or 1) < 65536:
         raise InvalidRequest(
             f"--rdzv-endpoint takes HOST:PORT, with a port from 1 to 65535, and [HOST]:PORT for an "
